@@ -1,0 +1,47 @@
+# make pretrain   pretrain a small network with a fused loss and draw a report
+# make test       the whole test suite
+# make check      format, lint, types and the quick tests
+# make bench      the benchmark suite
+#
+# Each target creates $(VENV) and installs what it needs into it, once. PACKAGE may name a wheel to work on instead
+# of this checkout.
+
+PYTHON  ?= python3
+VENV    ?= .venv
+PACKAGE ?= --editable .
+
+BIN     := $(VENV)/bin
+INSTALL  = @echo "== installing fastssl with its '$(1)' extra into $(VENV)" && \
+           $(BIN)/pip install --quiet $(PACKAGE)[$(1)] && touch $@
+
+.PHONY: pretrain test check bench
+.DELETE_ON_ERROR:
+
+pretrain: $(VENV)/.train
+	@echo "== pretraining on scikit-learn's digits; the run is kept in runs/simclr-digits"
+	$(BIN)/fastssl pretrain --out runs/simclr-digits --resume
+
+test: $(VENV)/.test
+	@echo "== testing"
+	$(BIN)/pytest
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q -m "not slow"
+
+bench: $(VENV)/.bench
+	@echo "== benchmarking against plain PyTorch and lightly"
+	$(BIN)/pytest benchmarks
+
+$(VENV)/.train: ; $(call INSTALL,train)
+$(VENV)/.test:  ; $(call INSTALL,test)
+$(VENV)/.dev:   ; $(call INSTALL,dev)
+$(VENV)/.bench: ; $(call INSTALL,bench)
+
+$(VENV)/.train $(VENV)/.test $(VENV)/.dev $(VENV)/.bench: setup.py | $(BIN)/pip
+
+$(BIN)/pip:
+	@echo "== creating $(VENV)"
+	$(PYTHON) -m venv $(VENV)

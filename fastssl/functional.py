@@ -1,0 +1,5 @@
+"""The public loss functions."""
+
+from fastssl.losses.contrastive import nt_xent
+
+__all__ = ["nt_xent"]

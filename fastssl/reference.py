@@ -1,0 +1,56 @@
+"""Every loss as its paper writes it, in plain PyTorch: the oracle for tests, benchmarks and ``fastssl verify``.
+
+These functions build the matrices that the fused losses avoid. They run in the dtype of their inputs and are
+differentiable any number of times.
+"""
+
+import torch
+from torch import Tensor
+
+NORM_EPS = 1e-12
+
+
+def normalize(x: Tensor) -> Tensor:
+    """Scale each row of x to unit length; a row of length at most 1e-12 becomes zero and gets no gradient."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    rnorm = torch.where(norm > NORM_EPS, 1 / norm.clamp_min(NORM_EPS), torch.zeros_like(norm))
+    return x * rnorm
+
+
+def similarity_lse(
+    q: Tensor,
+    k: Tensor,
+    scale: float | Tensor,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+) -> Tensor:
+    """L_i = log sum_j exp(scale cos(q_i, k_j)) over the j whose id differs from row i's; -inf where none does."""
+    logits = scale * normalize(q) @ normalize(k).T
+    if row_ids is not None and col_ids is not None:
+        logits = logits.masked_fill(row_ids[:, None] == col_ids[None, :], -torch.inf)
+    return torch.logsumexp(logits, dim=1)
+
+
+def nt_xent(
+    z0: Tensor,
+    z1: Tensor,
+    temperature: float | Tensor = 0.5,
+    *,
+    reduction: str = "mean",
+    ids: Tensor | None = None,
+) -> Tensor:
+    """NT-Xent of SimCLR (Chen et al. 2020, equation 1), averaged over the 2N views.
+
+    See ``fastssl.functional.nt_xent`` for the arguments; this is the same function with the 2N x 2N matrix in memory.
+    """
+    n = len(z0)
+    z = normalize(torch.cat([z0, z1]))
+    views = torch.arange(2 * n, device=z.device)
+    positive = (views + n) % (2 * n)
+
+    hidden = views[:, None] == views[None, :]
+    if ids is not None:
+        ids = torch.cat([ids, ids])
+        hidden = (ids[:, None] == ids[None, :]) & (views[None, :] != positive[:, None])
+    logits = (z @ z.T / temperature).masked_fill(hidden, -torch.inf)
+    return torch.nn.functional.cross_entropy(logits, positive, reduction=reduction)

@@ -1,0 +1,267 @@
+"""Similarity log-sum-exp, tile by tile in PyTorch.
+
+    x_ij = s cos(q_i, k_j)        L_i = log sum_j exp(x_ij)        over the j with row_id_i != col_id_j
+
+Backward, with g = dL, p_ij = exp(x_ij - L_i) and ^ for a row at unit length:
+
+    dq^_i = s g_i sum_j p_ij k^_j          dk^_j = s sum_i g_i p_ij q^_i          ds = sum_ij g_i p_ij cos(q_i, k_j)
+
+and through the norm dq_i = (dq^_i - q^_i <q^_i, dq^_i>) / |q_i|. When q is k the matrix is symmetric: one tile stands
+for its mirror image too, with weights g_i p_ij + g_j p_ji, so that half of the tiles serve all rows.
+
+A score never exceeds s. Up to s = MAX_UNSHIFTED, exponentials, their sums and the weights g exp(-L) fit float32 as
+they stand: no maximum is looked for, and one exponential serves a row and a column. To read s is free on a CPU; on
+another device it would be a host synchronisation, so there every tile is shifted.
+
+Beside rows and gradients two tiles are held. They stay in a core's second-level cache, as do the rows that they
+multiply. Half-precision rows are multiplied, and their gradients accumulated, in float32.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+TILE = 512
+MAX_UNSHIFTED = 40.0
+NORM_EPS = 1e-12
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+class _Block(NamedTuple):
+    """At most TILE consecutive rows of a matrix."""
+
+    rows: slice  # their place among all rows
+    x: Tensor  # [B, D], as given
+    rnorm: Tensor  # [B, 1], inverse lengths
+    ids: Tensor | None  # [B]
+    grad: Tensor | None  # [B, D], accumulates the gradient of the unit rows over s
+
+    def unit(self) -> Tensor:
+        """The rows at unit length, in the accumulation type."""
+        return self.x * self.rnorm
+
+
+def similarity_lse_fwd(
+    q: Tensor, k: Tensor, scale: Tensor, row_ids: Tensor | None, col_ids: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return lse [M] and the inverse lengths of the rows of q [M] and of k [N]."""
+    q_rnorm, k_rnorm = _rnorm(q), _rnorm(k)
+    rows, cols = _blocks([q], q_rnorm, row_ids), _blocks([k], k_rnorm, col_ids)
+    return _lse_fwd(rows, cols, scale), q_rnorm, k_rnorm
+
+
+def similarity_lse_bwd(
+    dlse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    scale: Tensor,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    lse: Tensor,
+    q_rnorm: Tensor,
+    k_rnorm: Tensor,
+    needs: Sequence[bool],
+) -> Gradients:
+    """Return the gradients of q, k and scale, each where ``needs`` asks for it."""
+    need_q, need_k, need_scale = needs
+    dq = torch.zeros_like(q, dtype=lse.dtype) if need_q or need_scale else None
+    dk = torch.zeros_like(k, dtype=lse.dtype) if need_k else None
+    rows = _blocks([q], q_rnorm, row_ids, [dq])
+    cols = _blocks([k], k_rnorm, col_ids, [dk])
+    _lse_bwd(rows, cols, scale, lse, dlse)
+    dscale = _through_norm(rows, scale)
+    _through_norm(cols, scale)
+    return _as_asked((dq, dk, dscale), (q, k, lse), needs)
+
+
+def two_view_lse_fwd(
+    z0: Tensor, z1: Tensor, scale: Tensor, ids: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return lse [2N], the scores of the positives [N] and the inverse lengths of the rows [2N]."""
+    rnorm = torch.cat([_rnorm(z0), _rnorm(z1)])
+    blocks = _blocks([z0, z1], rnorm, _twice(ids))
+    cosines = [(a.unit() * b.unit()).sum(1) for a, b in _pairs(blocks)]
+    return _lse_fwd(blocks, None, scale), scale * torch.cat(cosines), rnorm
+
+
+def two_view_lse_bwd(
+    dlse: Tensor,
+    dpositive: Tensor,
+    z0: Tensor,
+    z1: Tensor,
+    scale: Tensor,
+    ids: Tensor | None,
+    lse: Tensor,
+    rnorm: Tensor,
+    needs: Sequence[bool],
+) -> Gradients:
+    """Return the gradients of z0, z1 and scale, each where ``needs`` asks for it."""
+    need_0, need_1, need_scale = needs
+    dz0 = torch.zeros_like(z0, dtype=lse.dtype) if need_0 or need_scale else None
+    dz1 = torch.zeros_like(z1, dtype=lse.dtype) if need_1 or need_scale else None
+    blocks = _blocks([z0, z1], rnorm, _twice(ids), [dz0, dz1])
+    _lse_bwd(blocks, None, scale, lse, dlse)
+    for a, b in _pairs(blocks):
+        weight = dpositive[a.rows, None]
+        if a.grad is not None:
+            a.grad.addcmul_(b.unit(), weight)
+        if b.grad is not None:
+            b.grad.addcmul_(a.unit(), weight)
+    dscale = _through_norm(blocks, scale) / 2  # every pair was counted from both of its ends
+    return _as_asked((dz0, dz1, dscale), (z0, z1, lse), needs)
+
+
+def _lse_fwd(rows: list[_Block], cols: list[_Block] | None, scale: Tensor) -> Tensor:
+    """Log-sum-exp [M] of each row; cols=None: of the rows with themselves, by half of the tiles."""
+    size = rows[-1].rows.stop
+    if _unshifted(scale):
+        total = scale.new_zeros(size)
+        for row, col, scores in _tiles(rows, cols, scale):
+            scores.exp_()
+            total[row.rows] += scores.sum(1)
+            if cols is None and col is not row:
+                total[col.rows] += scores.sum(0)
+        return total.log_()
+
+    lse = scale.new_full((size,), -torch.inf)
+    for row, col, scores in _tiles(rows, cols, scale):
+        lse[row.rows] = torch.logaddexp(lse[row.rows], scores.logsumexp(1))
+        if cols is None and col is not row:
+            lse[col.rows] = torch.logaddexp(lse[col.rows], scores.logsumexp(0))
+    return lse
+
+
+def _lse_bwd(
+    rows: list[_Block], cols: list[_Block] | None, scale: Tensor, lse: Tensor, dlse: Tensor
+) -> None:
+    """Add sum_j W_ij k^_j to the rows' gradients and sum_i W_ij q^_i to the columns'."""
+    # A row that sees nothing has no share in any gradient; without the guard it would be 0 * inf.
+    empty = lse == -torch.inf
+    lse, dlse = lse.masked_fill(empty, 0), dlse.masked_fill(empty, 0)
+    unshifted = _unshifted(scale)
+    if unshifted:
+        weight = dlse * torch.exp(-lse)
+    buffer = torch.empty(TILE * TILE, dtype=lse.dtype, device=lse.device)
+    for row, col, scores in _tiles(rows, cols, scale, gradients=True):
+        other = buffer[: scores.numel()].view_as(scores)
+        if unshifted:
+            scores.exp_()
+            if cols is None:
+                scores *= torch.add(weight[row.rows, None], weight[col.rows], out=other)
+            else:
+                scores *= weight[row.rows, None]
+        else:
+            if cols is None:
+                torch.sub(scores, lse[col.rows], out=other).exp_().mul_(dlse[col.rows])
+            scores.sub_(lse[row.rows, None]).exp_().mul_(dlse[row.rows, None])
+            if cols is None:
+                scores += other
+        if row.grad is not None:
+            row.grad.addmm_(scores, col.unit())
+        if col.grad is not None and col is not row:
+            col.grad.addmm_(scores.T, row.unit())
+
+
+def _tiles(
+    rows: list[_Block], cols: list[_Block] | None, scale: Tensor, gradients: bool = False
+) -> Iterator[tuple[_Block, _Block, Tensor]]:
+    """Yield row block, column block and their scores [B, C], -inf where a pair is excluded.
+
+    cols=None: the upper half of the two views' matrix with itself. There, without ids, a row sees neither itself nor
+    its positive: the diagonals of a block with itself and with its partner in the other view.
+    gradients=True leaves out tiles that nobody needs the gradient of. The scores' memory is used again and again.
+    """
+    buffer = scale.new_empty(TILE * TILE)
+    for i, row in enumerate(rows):
+        q = row.unit() * scale
+        for j, col in enumerate(rows[i:] if cols is None else cols):
+            if gradients and row.grad is None and col.grad is None:
+                continue
+            scores = buffer[: len(row.x) * len(col.x)].view(len(row.x), len(col.x))
+            torch.mm(q, col.unit().T, out=scores)
+            if row.ids is not None and col.ids is not None:
+                scores.masked_fill_(row.ids[:, None] == col.ids, -torch.inf)
+            elif cols is None and j in (0, len(rows) // 2):
+                scores.fill_diagonal_(-torch.inf)
+            yield row, col, scores
+
+
+def _through_norm(blocks: list[_Block], scale: Tensor) -> Tensor | None:
+    """Turn the gradients of the unit rows into those of the rows, in place; return the gradient of scale."""
+    dscale = None
+    for block in blocks:
+        if block.grad is not None:
+            unit = block.unit()
+            along = (unit * block.grad).sum(1, keepdim=True)
+            block.grad.addcmul_(unit, along, value=-1).mul_(block.rnorm * scale)
+            dscale = along.sum() if dscale is None else dscale + along.sum()
+    return dscale
+
+
+def _blocks(
+    pieces: Sequence[Tensor],
+    rnorm: Tensor,
+    ids: Tensor | None,
+    grads: Sequence[Tensor | None] = (None, None),
+) -> list[_Block]:
+    """Cut the pieces, stacked in thought, into blocks of equal size; none spans two pieces."""
+    blocks = []
+    offset = 0
+    for piece, grad in zip(pieces, grads, strict=False):
+        size = math.ceil(len(piece) / math.ceil(len(piece) / TILE))
+        for start in range(0, len(piece), size):
+            here = slice(start, min(start + size, len(piece)))
+            rows = slice(offset + here.start, offset + here.stop)
+            blocks.append(
+                _Block(
+                    rows,
+                    piece[here],
+                    rnorm[rows, None],
+                    None if ids is None else ids[rows],
+                    None if grad is None else grad[here],
+                )
+            )
+        offset += len(piece)
+    return blocks
+
+
+def _pairs(blocks: list[_Block]) -> Iterator[tuple[_Block, _Block]]:
+    """The blocks of the first view beside those of the second."""
+    half = len(blocks) // 2
+    return zip(blocks[:half], blocks[half:], strict=True)
+
+
+def _rnorm(x: Tensor) -> Tensor:
+    """Inverse lengths [N] of the rows; 0 where the length is at most NORM_EPS."""
+    lengths = []
+    for rows in x.split(TILE):
+        rows = rows.to(torch.promote_types(x.dtype, torch.float32))
+        # Squares of the row over its largest entry neither overflow nor vanish.
+        largest = torch.linalg.vector_norm(rows, torch.inf, dim=1, keepdim=True)
+        largest = largest.clamp_min(torch.finfo(rows.dtype).tiny)
+        lengths.append(largest[:, 0] * torch.linalg.vector_norm(rows / largest, dim=1))
+    norm = torch.cat(lengths)
+    return norm.reciprocal().masked_fill_(norm <= NORM_EPS, 0)
+
+
+def _unshifted(scale: Tensor) -> bool:
+    return scale.device.type == "cpu" and float(scale) <= MAX_UNSHIFTED
+
+
+def _twice(ids: Tensor | None) -> Tensor | None:
+    return None if ids is None else torch.cat([ids, ids])
+
+
+def _as_asked(
+    gradients: Gradients, like: tuple[Tensor, Tensor, Tensor], needs: Sequence[bool]
+) -> Gradients:
+    """Drop the gradients that nobody needs; give the others the type of what they are gradients of."""
+    a, b, c = (
+        grad.to(x.dtype) if need and grad is not None else None
+        for grad, x, need in zip(gradients, like, needs, strict=True)
+    )
+    return a, b, c
