@@ -64,9 +64,8 @@ def nt_xent(
         _check_ids(ids, z0)
     scale = _scale(temperature, z0)
 
-    lse, positive = similarity.two_view_lse(z0, z1, scale, ids, backend=backends.resolve(backend, z0))
-    # log(exp(lse) + exp(positive)) - positive, exact also where the positive is nearly all of the sum.
-    terms = -nn.functional.logsigmoid(positive.repeat(2) - lse)
+    lse = similarity.two_view_lse(z0, z1, scale, ids, backend=backends.resolve(backend, z0))
+    terms = -nn.functional.logsigmoid(-lse)  # log(1 + exp(lse)): the positive's own exponential is 1
     if reduction == "none":
         return terms
     return terms.mean() if reduction == "mean" else terms.sum()

@@ -41,12 +41,13 @@ def similarity_lse(
 
 def two_view_lse(
     z0: Tensor, z1: Tensor, scale: Tensor, ids: Tensor | None = None, *, backend: str
-) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp of the negatives of both views' rows, and the scores of the positives.
+) -> Tensor:
+    """Log-sum-exp of each row's negatives, less the score of its positive, for the rows of two views.
 
-    With z the 2N rows of z0 and z1 one above the other, L_i = log sum_j exp(scale cos(z_i, z_j)) over the j that stem
-    from another sample: j mod N != i mod N, or with ids, ids[j mod N] != ids[i mod N]. The positives' scores are
-    scale cos(z0_n, z1_n).
+    With z the 2N rows of z0 and z1 one above the other and x_ij = scale cos(z_i, z_j),
+    R_i = log sum_j exp(x_ij - x_ip) where p is the same sample's row in the other view and j runs over the rows of
+    other samples: j mod N != i mod N, or with ids, ids[j mod N] != ids[i mod N]. The difference is what contrastive
+    losses need, and taken here it keeps its digits where both terms are large.
 
     Args:
         z0: [N, D] rows of one view.
@@ -56,10 +57,10 @@ def two_view_lse(
         backend: ``"triton"`` or ``"torch"``, resolved.
 
     Returns:
-        lse [2N] and positive [N], of scale's type; lse is -inf for a row without negatives.
+        [2N], of scale's type; -inf for a row without negatives.
     """
-    lse, positive, _ = _two_view_lse(z0, z1, scale, ids, backend)
-    return lse, positive
+    lse, _, _ = _two_view_lse(z0, z1, scale, ids, backend)
+    return lse
 
 
 @torch.library.custom_op("fastssl::similarity_lse", mutates_args=())
@@ -107,19 +108,19 @@ def _two_view_lse(
 @torch.library.custom_op("fastssl::two_view_lse_bwd", mutates_args=())
 def _two_view_lse_bwd(
     dlse: Tensor,
-    dpositive: Tensor,
     z0: Tensor,
     z1: Tensor,
     scale: Tensor,
     ids: Tensor | None,
     lse: Tensor,
+    positive: Tensor,
     rnorm: Tensor,
     needs: list[bool],
     backend: str,
 ) -> list[Tensor]:
     with torch.autocast(z0.device.type, enabled=False):
         grads = launchers(backend, "similarity").two_view_lse_bwd(
-            dlse, dpositive, z0, z1, scale, ids, lse, rnorm, needs
+            dlse, z0, z1, scale, ids, lse, positive, rnorm, needs
         )
     return [grad for grad in grads if grad is not None]
 
@@ -140,55 +141,29 @@ def _two_view_lse_fake(
 
 
 @_similarity_lse_bwd.register_fake
-def _similarity_lse_bwd_fake(dlse: Tensor, q: Tensor, k: Tensor, scale: Tensor, *rest: Any) -> Any:
-    *_, needs, _ = rest
-    return _empty_where_needed((q, k, scale), needs)
-
-
 @_two_view_lse_bwd.register_fake
-def _two_view_lse_bwd_fake(
-    dlse: Tensor, dpositive: Tensor, z0: Tensor, z1: Tensor, scale: Tensor, *rest: Any
-) -> Any:
+def _bwd_fake(dlse: Tensor, a: Tensor, b: Tensor, scale: Tensor, *rest: Any) -> list[Tensor]:
     *_, needs, _ = rest
-    return _empty_where_needed((z0, z1, scale), needs)
+    return [torch.empty_like(x) for x, need in zip((a, b, scale), needs, strict=True) if need]
 
 
-def _save_similarity_lse(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.backend = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*tensors, *output)
 
 
-def _similarity_lse_gradient(ctx: Any, dlse: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    needs = ctx.needs_input_grad[:3]
-    grads = _similarity_lse_bwd(dlse, *ctx.saved_tensors, needs, ctx.backend)
-    return (*_spread(grads, needs), None, None, None)
+def _gradient_of(backward: Any) -> Any:
+    """Make the autograd formula that calls a backward operator."""
+
+    def gradient(ctx: Any, dlse: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad[:3]
+        grads = iter(backward(dlse, *ctx.saved_tensors, needs, ctx.backend))
+        no_ids_no_backend = [None] * (len(ctx.needs_input_grad) - 3)
+        return (*(next(grads) if need else None for need in needs), *no_ids_no_backend)
+
+    return gradient
 
 
-def _save_two_view_lse(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.backend = inputs
-    lse, _, rnorm = output
-    ctx.mark_non_differentiable(rnorm)
-    ctx.save_for_backward(*tensors, lse, rnorm)
-
-
-def _two_view_lse_gradient(
-    ctx: Any, dlse: Tensor, dpositive: Tensor, _: Tensor
-) -> tuple[Tensor | None, ...]:
-    needs = ctx.needs_input_grad[:3]
-    grads = _two_view_lse_bwd(dlse, dpositive, *ctx.saved_tensors, needs, ctx.backend)
-    return (*_spread(grads, needs), None, None)
-
-
-_similarity_lse.register_autograd(_similarity_lse_gradient, setup_context=_save_similarity_lse)
-_two_view_lse.register_autograd(_two_view_lse_gradient, setup_context=_save_two_view_lse)
-
-
-def _empty_where_needed(inputs: tuple[Tensor, ...], needs: list[bool]) -> list[Tensor]:
-    return [torch.empty_like(x) for x, need in zip(inputs, needs, strict=True) if need]
-
-
-def _spread(grads: list[Tensor], needs: tuple[bool, ...]) -> list[Tensor | None]:
-    """Put None where no gradient was needed."""
-    given = iter(grads)
-    return [next(given) if need else None for need in needs]
+_similarity_lse.register_autograd(_gradient_of(_similarity_lse_bwd), setup_context=_save)
+_two_view_lse.register_autograd(_gradient_of(_two_view_lse_bwd), setup_context=_save)

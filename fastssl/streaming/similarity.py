@@ -51,7 +51,7 @@ def similarity_lse_fwd(
     """Return lse [M] and the inverse lengths of the rows of q [M] and of k [N]."""
     q_rnorm, k_rnorm = _rnorm(q), _rnorm(k)
     rows, cols = _blocks([q], q_rnorm, row_ids), _blocks([k], k_rnorm, col_ids)
-    return _lse_fwd(rows, cols, scale), q_rnorm, k_rnorm
+    return _lse_fwd(rows, cols, scale, torch.zeros_like(q_rnorm)), q_rnorm, k_rnorm
 
 
 def similarity_lse_bwd(
@@ -72,7 +72,7 @@ def similarity_lse_bwd(
     dk = torch.zeros_like(k, dtype=lse.dtype) if need_k else None
     rows = _blocks([q], q_rnorm, row_ids, [dq])
     cols = _blocks([k], k_rnorm, col_ids, [dk])
-    _lse_bwd(rows, cols, scale, lse, dlse)
+    _lse_bwd(rows, cols, scale, torch.zeros_like(lse), lse, dlse)
     dscale = _through_norm(rows, scale)
     _through_norm(cols, scale)
     return _as_asked((dq, dk, dscale), (q, k, lse), needs)
@@ -81,21 +81,21 @@ def similarity_lse_bwd(
 def two_view_lse_fwd(
     z0: Tensor, z1: Tensor, scale: Tensor, ids: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return lse [2N], the scores of the positives [N] and the inverse lengths of the rows [2N]."""
+    """Return lse less the row's positive, the positives [N] and the inverse lengths of the 2N rows [2N]."""
     rnorm = torch.cat([_rnorm(z0), _rnorm(z1)])
     blocks = _blocks([z0, z1], rnorm, _twice(ids))
-    cosines = [(a.unit() * b.unit()).sum(1) for a, b in _pairs(blocks)]
-    return _lse_fwd(blocks, None, scale), scale * torch.cat(cosines), rnorm
+    positive = scale * torch.cat([(a.unit() * b.unit()).sum(1) for a, b in _pairs(blocks)])
+    return _lse_fwd(blocks, None, scale, positive.repeat(2)), positive, rnorm
 
 
 def two_view_lse_bwd(
     dlse: Tensor,
-    dpositive: Tensor,
     z0: Tensor,
     z1: Tensor,
     scale: Tensor,
     ids: Tensor | None,
     lse: Tensor,
+    positive: Tensor,
     rnorm: Tensor,
     needs: Sequence[bool],
 ) -> Gradients:
@@ -104,39 +104,54 @@ def two_view_lse_bwd(
     dz0 = torch.zeros_like(z0, dtype=lse.dtype) if need_0 or need_scale else None
     dz1 = torch.zeros_like(z1, dtype=lse.dtype) if need_1 or need_scale else None
     blocks = _blocks([z0, z1], rnorm, _twice(ids), [dz0, dz1])
-    _lse_bwd(blocks, None, scale, lse, dlse)
+    _lse_bwd(blocks, None, scale, positive.repeat(2), lse, dlse)
     for a, b in _pairs(blocks):
-        weight = dpositive[a.rows, None]
+        weight = (dlse[a.rows] + dlse[b.rows])[:, None]
         if a.grad is not None:
-            a.grad.addcmul_(b.unit(), weight)
+            a.grad.addcmul_(b.unit(), weight, value=-1)
         if b.grad is not None:
-            b.grad.addcmul_(a.unit(), weight)
+            b.grad.addcmul_(a.unit(), weight, value=-1)
     dscale = _through_norm(blocks, scale) / 2  # every pair was counted from both of its ends
     return _as_asked((dz0, dz1, dscale), (z0, z1, lse), needs)
 
 
-def _lse_fwd(rows: list[_Block], cols: list[_Block] | None, scale: Tensor) -> Tensor:
-    """Log-sum-exp [M] of each row; cols=None: of the rows with themselves, by half of the tiles."""
-    size = rows[-1].rows.stop
+def _lse_fwd(
+    rows: list[_Block], cols: list[_Block] | None, scale: Tensor, origin: Tensor
+) -> Tensor:
+    """log sum_j exp(x_ij - origin_i) of each row; cols=None: of the rows with themselves, by half of the tiles."""
+    lse = torch.full_like(origin, -torch.inf)
     if _unshifted(scale):
-        total = scale.new_zeros(size)
+        total = torch.zeros_like(origin)
         for row, col, scores in _tiles(rows, cols, scale):
             scores.exp_()
             total[row.rows] += scores.sum(1)
             if cols is None and col is not row:
                 total[col.rows] += scores.sum(0)
-        return total.log_()
+        return total.log_() - origin
 
-    lse = scale.new_full((size,), -torch.inf)
     for row, col, scores in _tiles(rows, cols, scale):
-        lse[row.rows] = torch.logaddexp(lse[row.rows], scores.logsumexp(1))
+        _merge(lse[row.rows], scores, origin[row.rows])
         if cols is None and col is not row:
-            lse[col.rows] = torch.logaddexp(lse[col.rows], scores.logsumexp(0))
+            _merge(lse[col.rows], scores.T, origin[col.rows])
     return lse
 
 
+def _merge(lse: Tensor, scores: Tensor, origin: Tensor) -> None:
+    """Take a tile's scores [B, C] into lse [B], in place."""
+    largest = scores.amax(1)
+    finite = largest.masked_fill(largest == -torch.inf, 0)  # a row that sees nothing here
+    # The maximum less the origin is exact where it matters; their own sums with log(.) would be rounded.
+    tile = (finite - origin) + (scores - finite[:, None]).exp_().sum(1).log_()
+    torch.logaddexp(lse, tile, out=lse)
+
+
 def _lse_bwd(
-    rows: list[_Block], cols: list[_Block] | None, scale: Tensor, lse: Tensor, dlse: Tensor
+    rows: list[_Block],
+    cols: list[_Block] | None,
+    scale: Tensor,
+    origin: Tensor,
+    lse: Tensor,
+    dlse: Tensor,
 ) -> None:
     """Add sum_j W_ij k^_j to the rows' gradients and sum_i W_ij q^_i to the columns'."""
     # A row that sees nothing has no share in any gradient; without the guard it would be 0 * inf.
@@ -144,20 +159,21 @@ def _lse_bwd(
     lse, dlse = lse.masked_fill(empty, 0), dlse.masked_fill(empty, 0)
     unshifted = _unshifted(scale)
     if unshifted:
-        weight = dlse * torch.exp(-lse)
+        weight = dlse * torch.exp(-(lse + origin))
     buffer = torch.empty(TILE * TILE, dtype=lse.dtype, device=lse.device)
     for row, col, scores in _tiles(rows, cols, scale, gradients=True):
         other = buffer[: scores.numel()].view_as(scores)
+        i, j = row.rows, col.rows
         if unshifted:
             scores.exp_()
             if cols is None:
-                scores *= torch.add(weight[row.rows, None], weight[col.rows], out=other)
+                scores *= torch.add(weight[i, None], weight[j], out=other)
             else:
-                scores *= weight[row.rows, None]
+                scores *= weight[i, None]
         else:
             if cols is None:
-                torch.sub(scores, lse[col.rows], out=other).exp_().mul_(dlse[col.rows])
-            scores.sub_(lse[row.rows, None]).exp_().mul_(dlse[row.rows, None])
+                torch.sub(scores, origin[j], out=other).sub_(lse[j]).exp_().mul_(dlse[j])
+            scores.sub_(origin[i, None]).sub_(lse[i, None]).exp_().mul_(dlse[i, None])
             if cols is None:
                 scores += other
         if row.grad is not None:

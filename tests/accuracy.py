@@ -1,0 +1,63 @@
+"""The one rule on rounding that tests and benchmarks hold a loss to.
+
+Against the float64 result of the reference, an error may be twice that of the plain PyTorch loss in the same dtype, plus
+a few units in the last place of the largest entry (of 1, for a loss below 1). The plain loss's error is the largest
+of a few orders of the features, which change its rounding and nothing else; one order alone can be exact by luck.
+In float64 itself the two agree to 12 digits of the largest entry, or of 1.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+FEW_EPS = 8
+FLOAT64_TOLERANCE = 1e-12
+ORDERS = 4
+
+
+def value_and_gradients(
+    loss: Callable[..., Tensor], inputs: Sequence[Tensor], upstream: Tensor | float = 1.0
+) -> list[Tensor]:
+    """Return the loss and the gradient of each input."""
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    value = loss(*inputs)
+    value.backward(torch.as_tensor(upstream, dtype=value.dtype, device=value.device).expand_as(value))
+    return [value.detach(), *(x.grad for x in inputs)]
+
+
+def check_accuracy(
+    fused: Callable[..., Tensor],
+    plain: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    upstream: Tensor | float = 1.0,
+) -> None:
+    """Raise AssertionError where value or a gradient of ``fused`` breaks the rule.
+
+    Inputs with two dimensions are rows of features; others are left in their order.
+    """
+    truth = value_and_gradients(plain, [x.double() for x in inputs], upstream)
+    ours = value_and_gradients(fused, inputs, upstream)
+    peers = [_with_features_reordered(plain, inputs, upstream) for _ in range(ORDERS)]
+    for i, (exact, got, *theirs) in enumerate(zip(truth, ours, *peers, strict=True)):
+        name = f"gradient of input {i - 1}" if i else "value"
+        assert got.shape == exact.shape, f"{name}: shape {tuple(got.shape)}, not {tuple(exact.shape)}"
+        error, largest = (got - exact).abs().max(), exact.abs().max()
+        if inputs[0].dtype == torch.float64:
+            allowed = FLOAT64_TOLERANCE * (1 + largest)
+        else:
+            # Where the plain loss is lost (inf, NaN) only the few units remain.
+            plain_error = max((x - exact).abs().max().nan_to_num(0, 0).item() for x in theirs)
+            units = FEW_EPS * torch.finfo(got.dtype).eps
+            allowed = 2 * plain_error + units * largest.clamp_min(0 if i else 1)
+        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def _with_features_reordered(
+    plain: Callable[..., Tensor], inputs: Sequence[Tensor], upstream: Tensor | float
+) -> list[Tensor]:
+    order = torch.randperm(inputs[0].shape[-1], device=inputs[0].device)
+    reordered = [x[:, order] if x.dim() == 2 else x for x in inputs]
+    result = value_and_gradients(plain, reordered, upstream)
+    back = order.argsort()
+    return [result[0], *(x[:, back] if x.dim() == 2 else x for x in result[1:])]
