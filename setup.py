@@ -1,7 +1,7 @@
 """Metadata of the fastssl-losses distribution.
 
-The kernels live in the top-level folder ``kernels/`` and are installed as ``fastssl.kernels``, so the packages are
-named one by one here.
+The kernels live in the top-level folder ``kernels/`` and are installed as ``fastssl.kernels``, so
+the packages are named one by one here.
 """
 
 import re
@@ -29,7 +29,7 @@ DEV = [*TEST, "mypy", "ruff", "types-PyYAML"]
 setup(
     name="fastssl-losses",
     version=VERSION,
-    description="Fused losses for self-supervised learning: exact values and gradients, no N x N matrix.",
+    description="Fused losses for self-supervised learning, exact and without the N x N matrix.",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -1,7 +1,7 @@
-"""Every loss as its paper writes it, in plain PyTorch: the oracle for tests, benchmarks and ``fastssl verify``.
+"""Every loss as its paper writes it, in plain PyTorch: the oracle.
 
-These functions build the matrices that the fused losses avoid. They run in the dtype of their inputs and are
-differentiable any number of times.
+Tests, benchmarks and ``fastssl verify`` compare with these functions. They build the matrices that
+the fused losses avoid, run in the dtype of their inputs and have derivatives of every order.
 """
 
 import torch
@@ -11,7 +11,7 @@ NORM_EPS = 1e-12
 
 
 def normalize(x: Tensor) -> Tensor:
-    """Scale each row of x to unit length; a row of length at most 1e-12 becomes zero and gets no gradient."""
+    """Scale rows to unit length; one of length at most 1e-12 becomes zero and gets no gradient."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     rnorm = torch.where(norm > NORM_EPS, 1 / norm.clamp_min(NORM_EPS), torch.zeros_like(norm))
     return x * rnorm
@@ -24,7 +24,7 @@ def similarity_lse(
     row_ids: Tensor | None = None,
     col_ids: Tensor | None = None,
 ) -> Tensor:
-    """L_i = log sum_j exp(scale cos(q_i, k_j)) over the j whose id differs from row i's; -inf where none does."""
+    """L_i = log sum_j exp(scale cos(q_i, k_j)) over the j whose id is not row i's, or -inf."""
     logits = scale * normalize(q) @ normalize(k).T
     if row_ids is not None and col_ids is not None:
         logits = logits.masked_fill(row_ids[:, None] == col_ids[None, :], -torch.inf)
@@ -41,7 +41,8 @@ def nt_xent(
 ) -> Tensor:
     """NT-Xent of SimCLR (Chen et al. 2020, equation 1), averaged over the 2N views.
 
-    See ``fastssl.functional.nt_xent`` for the arguments; this is the same function with the 2N x 2N matrix in memory.
+    See ``fastssl.functional.nt_xent`` for the arguments; this is the same function with the 2N x 2N
+    matrix in memory.
     """
     n = len(z0)
     z = normalize(torch.cat([z0, z1]))

@@ -1,9 +1,10 @@
 """The one rule on rounding that tests and benchmarks hold a loss to.
 
-Against the float64 result of the reference, an error may be twice that of the plain PyTorch loss in the same dtype, plus
-a few units in the last place of the largest entry (of 1, for a loss below 1). The plain loss's error is the largest
-of a few orders of the features, which change its rounding and nothing else; one order alone can be exact by luck.
-In float64 itself the two agree to 12 digits of the largest entry, or of 1.
+Against the float64 result of the reference, an error may be twice that of the plain PyTorch loss in
+the same dtype, plus a few units in the last place of the largest entry (of 1, for a loss below 1).
+The plain loss's error is the largest of a few orders of the features, which change its rounding and
+nothing else; one order alone can be exact by luck. In float64 itself the two agree to 12 digits of
+the largest entry, or of 1.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +23,9 @@ def value_and_gradients(
     """Return the loss and the gradient of each input."""
     inputs = [x.detach().clone().requires_grad_() for x in inputs]
     value = loss(*inputs)
-    value.backward(torch.as_tensor(upstream, dtype=value.dtype, device=value.device).expand_as(value))
+    value.backward(
+        torch.as_tensor(upstream, dtype=value.dtype, device=value.device).expand_as(value)
+    )
     return [value.detach(), *(x.grad for x in inputs)]
 
 
@@ -41,7 +44,9 @@ def check_accuracy(
     peers = [_with_features_reordered(plain, inputs, upstream) for _ in range(ORDERS)]
     for i, (exact, got, *theirs) in enumerate(zip(truth, ours, *peers, strict=True)):
         name = f"gradient of input {i - 1}" if i else "value"
-        assert got.shape == exact.shape, f"{name}: shape {tuple(got.shape)}, not {tuple(exact.shape)}"
+        assert got.shape == exact.shape, (
+            f"{name}: shape {tuple(got.shape)}, not {tuple(exact.shape)}"
+        )
         error, largest = (got - exact).abs().max(), exact.abs().max()
         if inputs[0].dtype == torch.float64:
             allowed = FLOAT64_TOLERANCE * (1 + largest)

@@ -1,4 +1,4 @@
-"""Where the tests run: each backend on a CPU (Triton's in its interpreter), and on a GPU where there is one."""
+"""Where tests run: each backend on a CPU, Triton's in its interpreter, and on a GPU if any."""
 
 import os
 from typing import NamedTuple

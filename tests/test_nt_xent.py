@@ -33,7 +33,9 @@ def precise(target: Target) -> torch.dtype:
     return torch.float64 if target.backend == "torch" else torch.float32
 
 
-def views(target: Target, n: int, d: int, dtype: torch.dtype, closeness: float = 1.0) -> list[torch.Tensor]:
+def views(
+    target: Target, n: int, d: int, dtype: torch.dtype, closeness: float = 1.0
+) -> list[torch.Tensor]:
     z0 = torch.randn(n, d)
     z1 = closeness * z0 + torch.randn(n, d)
     return [z.to(target.device, dtype) for z in (z0, z1)]
@@ -248,7 +250,9 @@ def test_any_finite_input_gives_finite_results(
     for dtype in dtypes(target):
         z = [x.to(target.device) for x in degenerate(kind, dtype)]
         result = value_and_gradients(fused(target, temperature=temperature), z)
-        if kind == "smallest numbers":  # gradients grow as rows shrink, past any type's largest number
+        if (
+            kind == "smallest numbers"
+        ):  # gradients grow as rows shrink, past any type's largest number
             result = result[:1]
         assert all(x.isfinite().all() for x in result), (dtype, result)
 
@@ -264,7 +268,9 @@ def test_a_zero_row_gets_no_gradient(target: Target) -> None:
 def test_float16_survives_a_gradient_scaler(target: Target) -> None:
     z = views(target, 32, 16, torch.float16)
     z = [8 * x for x in z]  # so that the scaled gradient itself fits float16
-    check_accuracy(fused(target, temperature=0.1), partial(reference.nt_xent, temperature=0.1), z, 65536.0)
+    check_accuracy(
+        fused(target, temperature=0.1), partial(reference.nt_xent, temperature=0.1), z, 65536.0
+    )
     _, *grads = value_and_gradients(fused(target, temperature=0.1), z, 65536.0)
     assert all(grad.isfinite().all() and (grad != 0).any() for grad in grads)
 
@@ -277,7 +283,9 @@ def test_nan_comes_out_as_nan(target: Target) -> None:
     assert dz0.isnan().any()
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     n=st.integers(1, 40),
     d=st.integers(2, 40),
@@ -374,7 +382,9 @@ class TestOnGpu:
 
     def test_replays_from_a_captured_graph(self) -> None:
         z = torch.randn(2, 512, 128, device="cuda", requires_grad=True)
-        step = torch.cuda.make_graphed_callables(lambda z: functional.nt_xent(z[0], z[1], 0.1), (z,))
+        step = torch.cuda.make_graphed_callables(
+            lambda z: functional.nt_xent(z[0], z[1], 0.1), (z,)
+        )
         fresh = torch.randn_like(z).requires_grad_()
         loss = step(fresh)
         loss.backward()
@@ -497,9 +507,7 @@ class TestModule:
         z0, z1 = views(target, 12, 8, torch.float32)
         ids = torch.arange(12, device=target.device) // 2
         module = fastssl.NTXentLoss(0.3, reduction="sum", backend=target.backend)
-        expected = functional.nt_xent(
-            z0, z1, 0.3, reduction="sum", ids=ids, backend=target.backend
-        )
+        expected = functional.nt_xent(z0, z1, 0.3, reduction="sum", ids=ids, backend=target.backend)
         assert torch.equal(module(z0, z1, ids), expected)
 
     def test_learns_a_parameter_temperature(self) -> None:

@@ -30,18 +30,19 @@ def nt_xent(
         logits = (z @ z.T / temperature).fill_diagonal_(-inf)
         loss = cross_entropy(logits, arange(2 * N).roll(N))        # view i's positive is view i + N
 
-    Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", 2020, equation 1. The mean is
-    over the 2N views; texts that sum over both views and divide by N report twice this value.
+    Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", 2020,
+    equation 1. The mean is over the 2N views; texts that sum over both views and divide by N report
+    twice this value.
 
     Args:
-        z0: [N, D] embeddings of one view, float64, float32, bfloat16 or float16; need not be normalised. A row of
-            length at most 1e-12 counts as zero and gets no gradient.
+        z0: [N, D] embeddings of one view, float64, float32, bfloat16 or float16; need not be
+            normalised. A row of length at most 1e-12 counts as zero and gets no gradient.
         z1: [N, D] embeddings of the other view, of z0's dtype and device.
-        temperature: Positive number, or a 0-dim tensor, which then gets its gradient. A tensor's value is not looked
-            at outside a CPU, since that would stop the device.
+        temperature: Positive number, or a 0-dim tensor, which then gets its gradient. A tensor's
+            value is not looked at outside a CPU, since that would stop the device.
         reduction: ``"mean"``, ``"sum"``, or ``"none"`` for the 2N terms, those of z0's rows first.
-        ids: [N] integers naming the samples. Rows of samples with the same id are not each other's negatives; a
-            row's positive stays.
+        ids: [N] integers naming the samples. Rows of samples with the same id are not each other's
+            negatives; a row's positive stays.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Returns:
@@ -65,7 +66,8 @@ def nt_xent(
     scale = _scale(temperature, z0)
 
     lse = similarity.two_view_lse(z0, z1, scale, ids, backend=backends.resolve(backend, z0))
-    terms = -nn.functional.logsigmoid(-lse)  # log(1 + exp(lse)): the positive's own exponential is 1
+    # log(1 + exp(lse)): relative to the positive, its own exponential is 1.
+    terms = -nn.functional.logsigmoid(-lse)
     if reduction == "none":
         return terms
     return terms.mean() if reduction == "mean" else terms.sum()
@@ -101,7 +103,7 @@ class NTXentLoss(nn.Module):
         self.backend = backend
 
     def forward(self, out0: Tensor, out1: Tensor, ids: Tensor | None = None) -> Tensor:
-        """Return ``functional.nt_xent`` of two views' embeddings, [N, D] each, with ids [N] or none."""
+        """Return ``functional.nt_xent`` of two views' embeddings [N, D], with ids [N] or none."""
         return nt_xent(
             out0,
             out1,
@@ -113,7 +115,8 @@ class NTXentLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """Show what was chosen."""
-        return f"temperature={self.temperature}, reduction={self.reduction!r}, backend={self.backend!r}"
+        options = ("temperature", "reduction", "backend")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in options)
 
 
 def _check_views(**views: Tensor) -> None:
@@ -160,7 +163,8 @@ def _check_temperature(temperature: float | Tensor) -> None:
             )
         if temperature.dim() != 0:
             raise ValueError(
-                f"temperature must be a number or a 0-dim tensor, got shape {tuple(temperature.shape)}"
+                "temperature must be a number or a 0-dim tensor, "
+                f"got shape {tuple(temperature.shape)}"
             )
         # To read the value would stop an accelerator and break a graph that is being compiled.
         if temperature.device.type != "cpu" or torch.compiler.is_compiling():
@@ -182,7 +186,7 @@ def _check_choice(name: str, value: str, accepted: Sequence[str]) -> None:
 
 
 def _scale(temperature: float | Tensor, z: Tensor) -> Tensor:
-    """1 / temperature as a 0-dim tensor on z's device, in the type that z's losses are computed in."""
+    """1 / temperature as a 0-dim tensor on z's device, in the type that losses of z have."""
     dtype = torch.promote_types(z.dtype, torch.float32)
     if isinstance(temperature, Tensor):
         return temperature.to(z.device, dtype).reciprocal()

@@ -1,0 +1,1 @@
+"""The differentiable primitives, and which backend runs them."""

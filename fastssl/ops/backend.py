@@ -1,8 +1,9 @@
 """Which backend runs an operation.
 
-``"triton"`` launches the kernels of ``fastssl.kernels``, ``"torch"`` the tiles of ``fastssl.streaming``; both offer
-the same functions. ``"auto"`` takes Triton for float32, bfloat16 and float16 tensors on a CUDA or ROCm device, and
-PyTorch for all others. A backend that is named runs or raises; it is never replaced.
+``"triton"`` launches the kernels of ``fastssl.kernels``, ``"torch"`` the tiles of
+``fastssl.streaming``; both offer the same functions. ``"auto"`` takes Triton for float32, bfloat16
+and float16 tensors on a CUDA or ROCm device, and PyTorch for all others. A backend that is named
+runs or raises; it is never replaced.
 """
 
 import importlib
@@ -26,14 +27,18 @@ def resolve(backend: str, x: Tensor) -> str:
         RuntimeError: backend is ``"triton"``, which cannot run on x here.
     """
     if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+        raise ValueError(
+            f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}"
+        )
     if backend == "torch":
         return "torch"
     obstacle = _obstacle_to_triton(x)
     if backend == "auto":
         return "torch" if obstacle or x.device.type != "cuda" else "triton"
     if obstacle:
-        raise RuntimeError(f"backend='triton' cannot run here: {obstacle}; use backend='torch' or 'auto'")
+        raise RuntimeError(
+            f"backend='triton' cannot run here: {obstacle}; use backend='torch' or 'auto'"
+        )
     return "triton"
 
 
@@ -41,12 +46,6 @@ def launchers(backend: str, name: str) -> ModuleType:
     """Return the module of launchers called ``name`` of a resolved backend."""
     package = "fastssl.kernels" if backend == "triton" else "fastssl.streaming"
     return importlib.import_module(f"{package}.{name}")
-
-
-def allow_tf32() -> bool:
-    """Whether torch's switch for float32 matrix products on CUDA lets them round their inputs to TF32."""
-    precision = torch.backends.cuda.matmul.fp32_precision
-    return (torch.backends.fp32_precision if precision == "none" else precision) == "tf32"
 
 
 def describe() -> dict[str, str]:

@@ -1,8 +1,9 @@
 """Similarity log-sum-exp as differentiable operators, for autograd, autocast and torch.compile.
 
-A backend's launchers do the work (``kernels/similarity.py``, ``streaming/similarity.py``). Registered as custom
-operators, they stay whole in a compiled graph. Autocast changes nothing: rows are multiplied in their own type and
-all that follows is float32. A second derivative raises, because the backward operators have none.
+A backend's launchers do the work (``kernels/similarity.py``, ``streaming/similarity.py``).
+Registered as custom operators, they stay whole in a compiled graph. Autocast changes nothing: rows
+are multiplied in their own type and all that follows is float32. A second derivative raises,
+because the backward operators have none.
 """
 
 from typing import Any
@@ -42,12 +43,13 @@ def similarity_lse(
 def two_view_lse(
     z0: Tensor, z1: Tensor, scale: Tensor, ids: Tensor | None = None, *, backend: str
 ) -> Tensor:
-    """Log-sum-exp of each row's negatives, less the score of its positive, for the rows of two views.
+    """Log-sum-exp of each row's negatives, less its positive's score, for the rows of two views.
 
     With z the 2N rows of z0 and z1 one above the other and x_ij = scale cos(z_i, z_j),
-    R_i = log sum_j exp(x_ij - x_ip) where p is the same sample's row in the other view and j runs over the rows of
-    other samples: j mod N != i mod N, or with ids, ids[j mod N] != ids[i mod N]. The difference is what contrastive
-    losses need, and taken here it keeps its digits where both terms are large.
+    R_i = log sum_j exp(x_ij - x_ip) where p is the same sample's row in the other view and j runs
+    over the rows of other samples: j mod N != i mod N, or with ids, ids[j mod N] != ids[i mod N].
+    The difference is what contrastive losses need, and taken here it keeps its digits where both
+    terms are large.
 
     Args:
         z0: [N, D] rows of one view.

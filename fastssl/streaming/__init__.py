@@ -1,0 +1,1 @@
+"""The launchers of kernels/, tile by tile in PyTorch."""

@@ -1,20 +1,25 @@
 """Similarity log-sum-exp, tile by tile in PyTorch.
 
-    x_ij = s cos(q_i, k_j)        L_i = log sum_j exp(x_ij)        over the j with row_id_i != col_id_j
+    x_ij = s cos(q_i, k_j)        L_i = log sum_j exp(x_ij)        over the j with row_id_i !=
+    col_id_j
 
 Backward, with g = dL, p_ij = exp(x_ij - L_i) and ^ for a row at unit length:
 
-    dq^_i = s g_i sum_j p_ij k^_j          dk^_j = s sum_i g_i p_ij q^_i          ds = sum_ij g_i p_ij cos(q_i, k_j)
+    dq^_i = s g_i sum_j p_ij k^_j          dk^_j = s sum_i g_i p_ij q^_i          ds = sum_ij g_i
+    p_ij cos(q_i, k_j)
 
-and through the norm dq_i = (dq^_i - q^_i <q^_i, dq^_i>) / |q_i|. When q is k the matrix is symmetric: one tile stands
-for its mirror image too, with weights g_i p_ij + g_j p_ji, so that half of the tiles serve all rows.
+and through the norm dq_i = (dq^_i - q^_i <q^_i, dq^_i>) / |q_i|. When q is k the matrix is
+symmetric: one tile stands for its mirror image too, with weights g_i p_ij + g_j p_ji, so that half
+of the tiles serve all rows.
 
-A score never exceeds s. Up to s = MAX_UNSHIFTED, exponentials, their sums and the weights g exp(-L) fit float32 as
-they stand: no maximum is looked for, and one exponential serves a row and a column. To read s is free on a CPU; on
-another device it would be a host synchronisation, so there every tile is shifted.
+A score never exceeds s. Up to s = MAX_UNSHIFTED, exponentials, their sums and the weights g exp(-L)
+fit float32 as they stand: no maximum is looked for, and one exponential serves a row and a column.
+To read s is free on a CPU; on another device it would be a host synchronisation, so there every
+tile is shifted.
 
-Beside rows and gradients two tiles are held. They stay in a core's second-level cache, as do the rows that they
-multiply. Half-precision rows are multiplied, and their gradients accumulated, in float32.
+Beside rows and gradients two tiles are held. They stay in a core's second-level cache, as do the
+rows that they multiply. Half-precision rows are multiplied, and their gradients accumulated, in
+float32.
 """
 
 import math
@@ -81,7 +86,7 @@ def similarity_lse_bwd(
 def two_view_lse_fwd(
     z0: Tensor, z1: Tensor, scale: Tensor, ids: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return lse less the row's positive, the positives [N] and the inverse lengths of the 2N rows [2N]."""
+    """Return lse less the row's positive [2N], the positives [N] and inverse lengths [2N]."""
     rnorm = torch.cat([_rnorm(z0), _rnorm(z1)])
     blocks = _blocks([z0, z1], rnorm, _twice(ids))
     positive = scale * torch.cat([(a.unit() * b.unit()).sum(1) for a, b in _pairs(blocks)])
@@ -118,7 +123,7 @@ def two_view_lse_bwd(
 def _lse_fwd(
     rows: list[_Block], cols: list[_Block] | None, scale: Tensor, origin: Tensor
 ) -> Tensor:
-    """log sum_j exp(x_ij - origin_i) of each row; cols=None: of the rows with themselves, by half of the tiles."""
+    """Return log sum_j exp(x_ij - origin_i) [M]; cols=None: of rows with rows, by half the tiles."""
     lse = torch.full_like(origin, -torch.inf)
     if _unshifted(scale):
         total = torch.zeros_like(origin)
@@ -140,7 +145,7 @@ def _merge(lse: Tensor, scores: Tensor, origin: Tensor) -> None:
     """Take a tile's scores [B, C] into lse [B], in place."""
     largest = scores.amax(1)
     finite = largest.masked_fill(largest == -torch.inf, 0)  # a row that sees nothing here
-    # The maximum less the origin is exact where it matters; their own sums with log(.) would be rounded.
+    # Taken first, the difference of two large numbers is exact; the logarithm is small beside them.
     tile = (finite - origin) + (scores - finite[:, None]).exp_().sum(1).log_()
     torch.logaddexp(lse, tile, out=lse)
 
@@ -187,9 +192,10 @@ def _tiles(
 ) -> Iterator[tuple[_Block, _Block, Tensor]]:
     """Yield row block, column block and their scores [B, C], -inf where a pair is excluded.
 
-    cols=None: the upper half of the two views' matrix with itself. There, without ids, a row sees neither itself nor
-    its positive: the diagonals of a block with itself and with its partner in the other view.
-    gradients=True leaves out tiles that nobody needs the gradient of. The scores' memory is used again and again.
+    cols=None: the upper half of the two views' matrix with itself. There, without ids, a row sees
+    neither itself nor its positive: the diagonals of a block with itself and with its partner in
+    the other view. gradients=True leaves out tiles that nobody needs the gradient of. The scores'
+    memory is used again and again.
     """
     buffer = scale.new_empty(TILE * TILE)
     for i, row in enumerate(rows):
@@ -207,7 +213,7 @@ def _tiles(
 
 
 def _through_norm(blocks: list[_Block], scale: Tensor) -> Tensor | None:
-    """Turn the gradients of the unit rows into those of the rows, in place; return the gradient of scale."""
+    """Turn gradients of the unit rows into those of the rows, in place; return that of scale."""
     dscale = None
     for block in blocks:
         if block.grad is not None:
@@ -275,7 +281,7 @@ def _twice(ids: Tensor | None) -> Tensor | None:
 def _as_asked(
     gradients: Gradients, like: tuple[Tensor, Tensor, Tensor], needs: Sequence[bool]
 ) -> Gradients:
-    """Drop the gradients that nobody needs; give the others the type of what they are gradients of."""
+    """Drop the gradients that nobody needs and give the others their input's type."""
     a, b, c = (
         grad.to(x.dtype) if need and grad is not None else None
         for grad, x, need in zip(gradients, like, needs, strict=True)

@@ -1,0 +1,126 @@
+"""The plan of the house: what imports what, what a bare import costs, and what the wheel holds."""
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MAY_IMPORT = {
+    "__init__": {"functional", "losses", "reference"},
+    "functional": {"losses"},
+    "reference": set(),
+    "cli": {"trainer", "ops", "__version__"},
+    "trainer": {"trainer", "losses", "functional", "reference", "__version__"},
+    "losses": {"losses", "ops"},
+    "ops": {"ops", "kernels", "streaming"},
+    "kernels": {"kernels"},
+    "streaming": {"streaming"},
+}
+VERIFY_ALONE_USES_REFERENCE = {"trainer/verify.py", "__init__.py"}
+
+
+def sources() -> list[Path]:
+    return sorted((ROOT / "fastssl").glob("**/*.py")) + sorted((ROOT / "kernels").glob("*.py"))
+
+
+def part_of(source: Path) -> str:
+    where = source.relative_to(ROOT)
+    inside = where.parts[1:] if where.parts[0] == "fastssl" else where.parts
+    return inside[0].removesuffix(".py")
+
+
+def imported_modules(source: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+            assert node.level == 0 or part_of(source) == "kernels", f"{source}: relative import"
+    return names
+
+
+@pytest.mark.parametrize("source", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_downwards(source: Path) -> None:
+    part = part_of(source)
+    own = {name.split(".")[1] for name in imported_modules(source) if name.startswith("fastssl.")}
+    own = {"losses" if name[0].isupper() else name for name in own}  # the Modules at the top
+    assert own <= MAY_IMPORT[part], f"{part} must not import {own - MAY_IMPORT[part]}"
+    if "reference" in own:
+        assert str(source.relative_to(ROOT / "fastssl")) in VERIFY_ALONE_USES_REFERENCE
+
+
+def run_python(code: str, **options) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, **options
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_loads_torch_and_numpy_only(tmp_path: Path) -> None:
+    loaded = run_python(
+        "import torch, numpy, sys; before = set(sys.modules)\n"
+        "import fastssl; new = set(sys.modules) - before\n"
+        "print(*sorted({name.split('.')[0] for name in new}))",
+        cwd=tmp_path,
+    )
+    assert set(loaded.split()) - set(sys.stdlib_module_names) == {"fastssl"}
+
+
+def test_the_torch_backend_never_imports_triton(tmp_path: Path) -> None:
+    run_python(
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, fastssl\n"
+        "z = torch.randn(2, 8, 4, requires_grad=True)\n"
+        "fastssl.NTXentLoss()(z[0], z[1]).backward(); assert z.grad.any()",
+        cwd=tmp_path,
+    )
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
+    source = out / "source"  # a build leaves files behind, which a later one would take for its own
+    for folder in ("fastssl", "kernels"):
+        shutil.copytree(ROOT / folder, source / folder, symlinks=True)
+    for file in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, source)
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "--wheel-dir", out, source], check=True)
+    return next(out.glob("*.whl"))
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_fastssl_and_nothing_else(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    top = {name.split("/")[0] for name in names}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"fastssl"}
+    packed = {name for name in names if name.startswith("fastssl/") and name.endswith(".py")}
+    expected = {
+        str(Path("fastssl", "kernels", path.name))
+        if path.parent.name == "kernels"
+        else str(path.relative_to(ROOT))
+        for path in sources()
+    }
+    assert packed == expected
+    assert "fastssl/py.typed" in names
+
+
+@pytest.mark.slow
+def test_the_wheel_works_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    where = run_python(
+        "import torch, fastssl; from fastssl.kernels import similarity\n"
+        "print(fastssl.__file__, similarity.__file__)\n"
+        "fastssl.NTXentLoss(backend='triton')(*torch.randn(2, 4, 4))",
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site"), "TRITON_INTERPRET": "1"},
+    )
+    assert all(Path(path).is_relative_to(tmp_path / "site") for path in where.split())
