@@ -3,16 +3,17 @@
 # make check      format, lint, types and the quick tests
 # make bench      the benchmark suite
 #
-# Each target creates $(VENV) and installs what it needs into it, once. PACKAGE may name a wheel to work on instead
-# of this checkout.
+# Each target creates $(VENV) and installs what it needs into it, once. PACKAGE may name a wheel to
+# work on instead of this checkout.
 
 PYTHON  ?= python3
 VENV    ?= .venv
 PACKAGE ?= --editable .
 
 BIN     := $(VENV)/bin
-INSTALL  = @echo "== installing fastssl with its '$(1)' extra into $(VENV)" && \
-           $(BIN)/pip install --quiet $(PACKAGE)[$(1)] && touch $@
+INSTALL  = @echo "== installing fastssl and its '$(1)' extra into $(VENV); the first time PyTorch" \
+           "comes with it, which takes minutes" && \
+           $(BIN)/pip install --quiet $(PACKAGE)"[$(1)]" && touch $@
 
 .PHONY: pretrain test check bench
 .DELETE_ON_ERROR:

@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "functional": {"losses"},
     "reference": set(),
     "cli": {"trainer", "ops", "__version__"},
-    "trainer": {"trainer", "losses", "functional", "reference", "__version__"},
+    "trainer": {"trainer", "losses", "ops", "functional", "reference", "__version__"},
     "losses": {"losses", "ops"},
     "ops": {"ops", "kernels", "streaming"},
     "kernels": {"kernels"},

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from accuracy import check_accuracy, value_and_gradients
-from conftest import Target
+from targets import Target
 
 from fastssl import reference
 from fastssl.ops import similarity

@@ -123,7 +123,7 @@ def two_view_lse_bwd(
 def _lse_fwd(
     rows: list[_Block], cols: list[_Block] | None, scale: Tensor, origin: Tensor
 ) -> Tensor:
-    """Return log sum_j exp(x_ij - origin_i) [M]; cols=None: of rows with rows, by half the tiles."""
+    """Return log sum_j exp(x_ij - origin_i) [M]; cols=None: rows with rows, by half the tiles."""
     lse = torch.full_like(origin, -torch.inf)
     if _unshifted(scale):
         total = torch.zeros_like(origin)
@@ -212,15 +212,15 @@ def _tiles(
             yield row, col, scores
 
 
-def _through_norm(blocks: list[_Block], scale: Tensor) -> Tensor | None:
+def _through_norm(blocks: list[_Block], scale: Tensor) -> Tensor:
     """Turn gradients of the unit rows into those of the rows, in place; return that of scale."""
-    dscale = None
+    dscale = torch.zeros_like(scale)
     for block in blocks:
         if block.grad is not None:
             unit = block.unit()
             along = (unit * block.grad).sum(1, keepdim=True)
             block.grad.addcmul_(unit, along, value=-1).mul_(block.rnorm * scale)
-            dscale = along.sum() if dscale is None else dscale + along.sum()
+            dscale += along.sum()
     return dscale
 
 
@@ -260,7 +260,7 @@ def _pairs(blocks: list[_Block]) -> Iterator[tuple[_Block, _Block]]:
 def _rnorm(x: Tensor) -> Tensor:
     """Inverse lengths [N] of the rows; 0 where the length is at most NORM_EPS."""
     lengths = []
-    for rows in x.split(TILE):
+    for rows in torch.split(x, TILE):
         rows = rows.to(torch.promote_types(x.dtype, torch.float32))
         # Squares of the row over its largest entry neither overflow nor vanish.
         largest = torch.linalg.vector_norm(rows, torch.inf, dim=1, keepdim=True)

@@ -1,0 +1,47 @@
+"""The README's blocks work as they stand, and name only what exists."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.splitlines()[0])
+def test_python_blocks_run(code: str) -> None:
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_make_targets_exist() -> None:
+    named = {word for block in blocks("bash") for word in re.findall(r"\bmake (\w+)", block)}
+    assert named >= {"pretrain", "test"}
+    for target in named:
+        subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_commands_parse() -> None:
+    cli = pytest.importorskip("fastssl.cli")
+    named = re.findall(r"^fastssl (\w+)", "\n".join(blocks("bash")), flags=re.MULTILINE)
+    assert named
+    for command in set(named):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([command, "--help"])
+        assert stop.value.code == 0
+
+
+def test_links_lead_somewhere() -> None:
+    targets = re.findall(r"\]\(([^)#]+)\)", README)
+    assert targets
+    for target in targets:
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_the_package_index_name_is_never_the_other_project() -> None:
+    assert not re.search(r"pip install fastssl(?!-losses)", README)
