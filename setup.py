@@ -44,7 +44,7 @@ setup(
         "fastssl.trainer.methods",
     ],
     package_dir={"fastssl.kernels": "kernels"},
-    package_data={"fastssl": ["py.typed"]},
+    package_data={"fastssl": ["py.typed"], "fastssl.trainer": ["report.html"]},
     install_requires=["torch>=2.9", "triton>=3.5; platform_system == 'Linux'", "numpy"],
     extras_require={"train": TRAIN, "test": TEST, "bench": BENCH, "dev": DEV},
     entry_points={"console_scripts": ["fastssl = fastssl.cli:main"]},

@@ -1,0 +1,187 @@
+"""The ``fastssl`` command."""
+
+import argparse
+import dataclasses
+import sys
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+DESCRIPTION = "Fused losses for self-supervised learning, and a small trainer that uses them."
+COMMANDS = {
+    "pretrain": "pretrain a backbone, evaluate it, draw a report",
+    "evaluate": "evaluate the backbone of a run",
+    "report": "draw the report of a run",
+    "verify": "train with the plain PyTorch loss and with the fused ones, and compare step by step",
+    "info": "versions, devices, and the backend that would run the losses here",
+}
+PRETRAIN = """
+Start with `fastssl pretrain`: scikit-learn's digits, a small network, a few minutes on a laptop.
+Ctrl-C saves the run and says how to continue it. Options may also stand in a YAML file (--config),
+one `name: value` a line, the names below written with underscores; what the command line says goes
+first.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = _Parser(prog="fastssl", description=DESCRIPTION, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, help in COMMANDS.items():
+        command = commands.add_parser(
+            name, help=help, description=f"{help[0].upper()}{help[1:]}.", allow_abbrev=False
+        )
+        if name in ("evaluate", "report"):
+            command.add_argument("run", metavar="RUN", type=Path, help="folder of the run")
+        elif name == "verify":
+            _add_verify_options(command)
+    try:
+        if arguments[:1] == ["pretrain"]:  # the only options whose help needs the trainer
+            _add_config_options(commands.choices["pretrain"])
+        options = vars(parser.parse_args(arguments))
+        status: int = globals()["_" + options.pop("command")](**options)
+        return status
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("fastssl"):
+            raise
+        reason = f"{error.name} is not installed; pip install 'fastssl-losses[train]'"
+    except (ValueError, OSError, FloatingPointError) as error:
+        # An error in a DataLoader's worker ends with the message, after the worker's traceback.
+        reason = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
+    except KeyboardInterrupt:
+        reason = "interrupted"
+    print(f"fastssl: error: {reason}", file=sys.stderr)
+    return 130 if reason == "interrupted" else 2
+
+
+def _add_verify_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--method", default="simclr", metavar="NAME", help="default simclr")
+    parser.add_argument(
+        "--steps", type=int, default=40, metavar="N", help="steps to compare (default 40)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/verify"),
+        metavar="NAME",
+        help="folder for the plot (default runs/verify)",
+    )
+
+
+def _add_config_options(parser: argparse.ArgumentParser) -> None:
+    from fastssl.trainer.config import Config
+
+    parser.description = f"{parser.description} {PRETRAIN}"
+    parser.add_argument("--config", metavar="FILE", type=Path, help="YAML file of options")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue the run in --out with its own options, or start it if there is none",
+    )
+    hints = typing.get_type_hints(Config)
+    for option in dataclasses.fields(Config):
+        kind = (typing.get_args(hints[option.name]) or (hints[option.name],))[0]
+        help = option.metadata["help"]
+        if option.metadata["choices"]:
+            help += f": {', '.join(option.metadata['choices'])}"
+        if option.default is not None:
+            help += f" (default {option.default})"
+        parser.add_argument(
+            "--" + option.name.replace("_", "-"),
+            type=kind,
+            metavar={int: "N", float: "X", str: "NAME"}[kind],
+            default=argparse.SUPPRESS,
+            help=help.replace("%", "%%"),
+        )
+
+
+def _pretrain(config: Path | None, resume: bool, **given: Any) -> int:
+    from fastssl.trainer import evaluate, loop
+    from fastssl.trainer.config import Config, read_options
+
+    options = {**(read_options(config) if config else {}), **given}
+    out = Path(Config.from_dict(options).resolved().out or "")
+    if resume and (out / "config.yaml").exists():
+        options = {**read_options(out / "config.yaml"), **options, "out": str(out)}
+    run = loop.pretrain(Config.from_dict(options), resume=resume)
+    if not run.complete:
+        return 130
+    learned = evaluate.read_results(run.path)
+    if learned is None:
+        learned = evaluate.evaluate_run(run.path)
+        (run.path / "report.html").unlink(missing_ok=True)
+    _print_learned(learned)
+    if not (run.path / "report.html").exists():
+        return _report(run.path)
+    print(f"report: {run.path / 'report.html'}")
+    return 0
+
+
+def _evaluate(run: Path) -> int:
+    from fastssl.trainer import evaluate
+
+    _print_learned(evaluate.evaluate_run(run))
+    return 0
+
+
+def _print_learned(results: dict[str, Any]) -> None:
+    """Print what ``evaluate_run`` found as a small table."""
+    if "skipped" in results:
+        print(f"no table of results: {results['skipped']}")
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="accuracy on the test split", title_justify="left")
+    table.add_column("")
+    for column in ("pretrained", "without pretraining"):
+        table.add_column(column, justify="right")
+    rows = (
+        ("nearest neighbours, frozen features", "knn"),
+        ("linear probe, frozen features", "linear"),
+    )
+    for words, name in rows:
+        table.add_row(words, *(f"{results[name][arm]:.1%}" for arm in ("pretrained", "random")))
+    for row in results["few_labels"]:
+        arms = (row["fine_tuned"], row["from_scratch"])
+        cells = (f"{arm['mean']:.1%} ± {100 * arm['std']:.1f}" for arm in arms)
+        table.add_row(f"trained on {row['labels']} labels", *cells)
+    Console().print(table)
+
+
+def _report(run: Path) -> int:
+    from fastssl.trainer import report
+
+    print(f"report: {report.write_report(run)}")
+    return 0
+
+
+def _verify(method: str, steps: int, out: Path) -> int:
+    from fastssl.trainer import verify
+
+    return 0 if verify.verify(method, steps=steps, out=out) else 1
+
+
+def _info() -> int:
+    from fastssl.ops import backend
+    from fastssl.trainer.environment import environment
+
+    for title, lines in (("", environment()), ("backend 'auto' takes", backend.describe())):
+        if title:
+            print(f"\n{title}")
+        for name, value in lines.items():
+            print(f"{name:14}{value}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

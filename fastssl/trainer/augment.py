@@ -1,0 +1,89 @@
+"""Random views of images, and the order in which images are seen.
+
+Both follow from (seed, epoch, index) alone: neither the number of workers nor where a run was
+resumed changes them.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+from torchvision.transforms import v2
+
+from fastssl.trainer.data import Item
+
+Key = tuple[int, int]  # epoch, index
+
+
+def default(dataset: str, size: int) -> v2.Transform:
+    """The random augmentation of a data set: uint8 [C, H, W] -> uint8 [C, size, size].
+
+    Digit-like images are moved, sheared, seen from an angle and blurred; colour images are
+    augmented as in SimCLR.
+    """
+    blur = v2.GaussianBlur(size // 20 * 2 + 3, sigma=(0.1, 2.0))
+    if dataset in ("digits", "mnist", "fashion-mnist"):
+        bilinear = v2.InterpolationMode.BILINEAR
+        steps = [
+            v2.RandomAffine(20, (0.1, 0.1), (0.75, 1.2), shear=15, interpolation=bilinear),
+            v2.RandomApply([v2.RandomPerspective(0.3, p=1.0)], p=0.3),
+            v2.RandomApply([blur], p=0.3),
+        ]
+        if dataset == "fashion-mnist":
+            steps.append(v2.RandomHorizontalFlip())
+        return v2.Compose(steps)
+    return v2.Compose(
+        [
+            v2.RandomResizedCrop(size, scale=(0.2, 1.0), antialias=True),
+            v2.RandomHorizontalFlip(),
+            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+            v2.RandomGrayscale(0.2),
+            v2.RandomApply([blur], p=0.5),
+        ]
+    )
+
+
+class Views(Dataset[list[Tensor]]):
+    """Several random views of an image, by (epoch, index)."""
+
+    def __init__(
+        self, images: Dataset[Item], transform: v2.Transform, count: int, seed: int
+    ) -> None:
+        self.images, self.transform, self.count, self.seed = images, transform, count, seed
+
+    def __getitem__(self, key: Key) -> list[Tensor]:
+        image, _ = self.images[key[1]]
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(_mix(self.seed, *key))
+            return [self.transform(image) for _ in range(self.count)]
+
+
+class Batches(Sampler[list[Key]]):
+    """The batches of every step from ``start`` to ``stop``.
+
+    Each epoch is a new order of the images, less those that do not fill a batch.
+    """
+
+    def __init__(self, images: int, batch_size: int, seed: int, start: int, stop: int) -> None:
+        self.images, self.batch_size, self.seed = images, batch_size, seed
+        self.start, self.stop = start, stop
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        per_epoch = self.images // self.batch_size
+        for step in range(self.start, self.stop):
+            epoch, batch = divmod(step, per_epoch)
+            if step == self.start or batch == 0:
+                generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
+                order = torch.randperm(self.images, generator=generator).tolist()
+            indices = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            yield [(epoch, index) for index in indices]
+
+
+def _mix(*numbers: int) -> int:
+    """One seed from several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])

@@ -1,0 +1,65 @@
+"""Checkpoints that survive a crash: written whole or not at all, and the one before is kept."""
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FORMAT = "fastssl checkpoint 1"
+NAME, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+
+
+def write(path: Path, content: bytes | memoryview) -> None:
+    """Replace a file's content in one step: a reader sees the old or the new, never a part."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(
+            f"{path} cannot be written ({error.strerror}); what was there is kept"
+        ) from error
+
+
+def save(folder: Path, state: dict[str, Any]) -> None:
+    """Write the folder's checkpoint and keep the one before it."""
+    content = io.BytesIO()
+    torch.save({"format": FORMAT, **state}, content)
+    fresh = folder / (NAME + ".new")
+    write(fresh, content.getbuffer())
+    if (folder / NAME).exists():
+        os.replace(folder / NAME, folder / PREVIOUS)
+    os.replace(fresh, folder / NAME)
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest checkpoint of a folder: the previous one after a crash in the middle of `save`."""
+    return next((folder / name for name in (NAME, PREVIOUS) if (folder / name).exists()), None)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint, tensors and plain values only, onto the CPU.
+
+    Raises:
+        ValueError: The file is truncated, or something else than a checkpoint of fastssl.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or state.get("format") != FORMAT:
+            raise ValueError("it is another kind of file")
+        return state
+    except Exception as error:  # torch.load raises almost anything, by what it trips over
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        previous = path.with_name(PREVIOUS)
+        advice = "remove it to start again"
+        if previous.exists() and previous != path:
+            advice = f"the one before it is kept: rename {previous} to {NAME} to go on from there"
+        raise ValueError(
+            f"{path} is truncated or not a checkpoint of fastssl ({reason}); {advice}"
+        ) from None

@@ -1,0 +1,164 @@
+"""Every option of a pretraining run, its default, and what it may be."""
+
+import dataclasses
+import difflib
+import math
+import typing
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastssl.ops.backend import BACKENDS
+from fastssl.trainer.methods import METHODS
+from fastssl.trainer.networks import BACKBONES
+
+# What an option left at None becomes, by data set.
+RECIPES: dict[str, dict[str, Any]] = {
+    "digits": {"backbone": "cnn", "epochs": 50, "batch_size": 256, "knn_every": 1},
+    "mnist": {"backbone": "cnn", "epochs": 20, "batch_size": 512, "knn_every": 5},
+    "fashion-mnist": {"backbone": "cnn", "epochs": 40, "batch_size": 512, "knn_every": 5},
+    "cifar10": {"backbone": "resnet18", "epochs": 200, "batch_size": 512, "knn_every": 5},
+    "cifar100": {"backbone": "resnet18", "epochs": 200, "batch_size": 512, "knn_every": 5},
+    "stl10": {"backbone": "resnet18", "epochs": 100, "batch_size": 256, "knn_every": 5},
+    "folder": {"backbone": "resnet18", "epochs": 100, "batch_size": 256, "knn_every": 5},
+}
+# Learning rate, which for SGD and LARS is per 256 images of the batch, and weight decay.
+OPTIMIZERS = {"adamw": (1e-3, 1e-4), "sgd": (0.06, 5e-4), "lars": (0.3, 1e-6)}
+
+
+def _option(default: Any, help: str, choices: Any = None, least: float | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "choices": choices, "least": least})
+
+
+@dataclass
+class Config:
+    """The options of a run.
+
+    An option left at None has a default that depends on another one. `resolved` fills it in, and
+    the types below are those that it then has.
+
+    Example:
+        >>> Config(dataset="cifar10", epochs=100).resolved().backbone
+        'resnet18'
+    """
+
+    method: str = _option("simclr", "how to pretrain", METHODS)
+    dataset: str = _option("digits", "what to pretrain on", RECIPES)
+    data_dir: str = _option("data", "where data sets are kept, or the image folder itself")
+    image_size: int = _option(None, "side of a folder's images (default 224)", least=8)
+    backbone: str = _option(None, "network to pretrain (default by data set)", BACKBONES)
+    epochs: int = _option(None, "passes over the images (default by data set)", least=1)
+    batch_size: int = _option(None, "images per step (default by data set)", least=2)
+    temperature: float = _option(0.5, "temperature of the contrastive loss")
+    projection_hidden: int = _option(256, "hidden width of the projection head", least=1)
+    projection_dim: int = _option(128, "width of the embeddings the loss sees", least=1)
+    optimizer: str = _option("adamw", "optimiser", OPTIMIZERS)
+    lr: float = _option(None, "peak learning rate (default by optimiser and batch)", least=0)
+    weight_decay: float = _option(None, "weight decay (default by optimiser)", least=0)
+    warmup_epochs: int = _option(
+        None, "epochs of linear warm-up (default a tenth of them, at most 10)", least=0
+    )
+    precision: str = _option("float32", "autocast precision", ("float32", "bfloat16", "float16"))
+    seed: int = _option(0, "seed of weights, order and views", least=0)
+    workers: int = _option(
+        None, "processes that make views, 0 for none (default by number of cores)", least=0
+    )
+    device: str = _option("auto", "auto, cpu, cuda, cuda:1, mps ...")
+    backend: str = _option("auto", "what runs the loss", BACKENDS)
+    knn_every: int = _option(
+        None, "epochs between nearest-neighbour checks, 0 for none (default by data set)", least=0
+    )
+    out: str = _option(None, "folder of the run (default runs/METHOD-DATASET)")
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(Config)
+        for option in dataclasses.fields(self):
+            value = _checked(option, hints[option.name], getattr(self, option.name))
+            setattr(self, option.name, value)
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be a finite number above 0, got {self.temperature}")
+        if self.image_size is not None and self.dataset != "folder":
+            raise ValueError(
+                f"image_size is for dataset 'folder' only, got {self.image_size} "
+                f"with dataset {self.dataset!r}"
+            )
+        epochs = self.epochs or RECIPES[self.dataset]["epochs"]
+        if self.warmup_epochs is not None and self.warmup_epochs >= epochs:
+            raise ValueError(
+                f"warmup_epochs must be less than epochs ({epochs}), got {self.warmup_epochs}"
+            )
+
+    def resolved(self) -> "Config":
+        """A copy in which every default that depends on another option is filled in."""
+        recipe = RECIPES[self.dataset]
+        given = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        full = {**recipe, **given}
+        lr, weight_decay = OPTIMIZERS[self.optimizer]
+        if self.optimizer == "adamw":
+            lr *= 5 if full["backbone"] == "cnn" else 1  # a small network takes large steps
+        else:
+            lr *= full["batch_size"] / 256
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "warmup_epochs": min(10, full["epochs"] // 10),
+            "out": f"runs/{self.method}-{self.dataset}",
+        }
+        return Config(**{**defaults, **full})
+
+    @classmethod
+    def from_dict(cls, options: dict[str, Any]) -> "Config":
+        """The Config with these options; an unknown one raises ValueError, naming the closest."""
+        names = [option.name for option in dataclasses.fields(cls)]
+        for name in options:
+            if name not in names:
+                raise ValueError(f"unknown option {_unknown(str(name), names)}")
+        return cls(**options)
+
+    def save(self, path: str | Path) -> None:
+        """Write the options to a YAML file."""
+        Path(path).write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False))
+
+
+def read_options(path: str | Path) -> dict[str, Any]:
+    """The options a YAML file sets."""
+    try:
+        options = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"config file {path} cannot be read: {' '.join(str(error).split())}"
+        ) from None
+    if not isinstance(options, dict):
+        raise ValueError(
+            f"config file {path} must hold lines such as 'epochs: 20', got {type(options).__name__}"
+        )
+    return options
+
+
+def _unknown(name: str, names: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(names), n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"{name!r}{hint} (accepted: {', '.join(names)})"
+
+
+def _checked(option: "dataclasses.Field[Any]", kind: Any, value: Any) -> Any:
+    """The value of one option as its type, or a ValueError that says what is accepted."""
+    if value is None and option.default is None:
+        return None
+    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        with suppress(ValueError):  # YAML reads 1e-3 as a string
+            value = float(value)
+    if isinstance(value, Path):
+        value = str(value)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        words = {int: "a whole number", float: "a number", str: "a string"}
+        raise ValueError(f"{option.name} must be {words[kind]}, got {value!r}")
+    choices, least = option.metadata["choices"], option.metadata["least"]
+    if choices and value not in choices:
+        raise ValueError(f"{option.name} cannot be {_unknown(value, choices)}")
+    if least is not None and not least <= value < math.inf:
+        raise ValueError(f"{option.name} must be at least {least} and finite, got {value}")
+    return value

@@ -1,0 +1,249 @@
+"""The data sets: every one as uint8 images and whole-number labels."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import datasets
+from torchvision.transforms import v2
+
+Item = tuple[Tensor, int]
+
+# Mean and standard deviation of the training images, scaled to [0, 1].
+STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "digits": ((0.3054,), (0.3186,)),
+    "mnist": ((0.1307,), (0.3081,)),
+    "fashion-mnist": ((0.2860,), (0.3530,)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "stl10": ((0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713)),
+    "folder": ((0.4850, 0.4560, 0.4060), (0.2290, 0.2240, 0.2250)),  # ImageNet's
+}
+
+
+class Images(Dataset[Item]):
+    """Images held in memory, uint8 [N, C, H, W], with labels [N]; -1 is an unknown label."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Item:
+        return self.images[index], int(self.labels[index])
+
+
+class Files(Dataset[Item]):
+    """Image files as RGB uint8 [3, H, W]: a centred square, or as they are if size is None."""
+
+    def __init__(self, paths: list[str], labels: list[int], size: int | None) -> None:
+        self.paths, self.labels = paths, labels
+        self.resize = v2.Compose([v2.Resize(size), v2.CenterCrop(size)]) if size else None
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Item:
+        try:
+            image = datasets.folder.default_loader(self.paths[index])
+        except OSError as error:
+            raise ValueError(f"{self.paths[index]} cannot be read as an image ({error})") from None
+        image = v2.functional.pil_to_tensor(image)
+        return (self.resize(image) if self.resize else image), self.labels[index]
+
+
+@dataclass
+class Data:
+    """One data set, ready for pretraining and evaluation.
+
+    Attributes:
+        name: Its name.
+        pretrain: What to pretrain on. Items are (uint8 [C, H, W], label), like those of the other
+            two; the labels are not used, and -1 where there are none.
+        train: The labelled training split; None if the data set has no labels.
+        test: The labelled test split; None if the data set has no labels.
+        classes: The names of the labels.
+        channels: Channels of the images.
+        size: Side of the images a network sees.
+        mean: Per channel, of images scaled to [0, 1].
+        std: Likewise.
+    """
+
+    name: str
+    pretrain: Any
+    train: Any
+    test: Any
+    classes: tuple[str, ...]
+    channels: int
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """uint8 [B, C, H, W], on any device, to the float32 that a network takes."""
+        mean, std = (images.new_tensor(x, dtype=torch.float32) for x in (self.mean, self.std))
+        return (images / 255 - mean[:, None, None]) / std[:, None, None]
+
+
+def load(name: str, data_dir: str | Path = "data", image_size: int | None = None) -> Data:
+    """Load a data set, downloading it into data_dir if it is not there.
+
+    Args:
+        name: digits, mnist, fashion-mnist, cifar10, cifar100, stl10 or folder.
+        data_dir: Where data sets are kept; with folder, the image folder itself.
+        image_size: Side of a folder's images, 224 if None.
+
+    Returns:
+        The Data.
+
+    Raises:
+        ValueError: The data set is unknown, or not there and not to be had; or the folder holds no
+            images.
+    """
+    if name not in STATISTICS:
+        raise ValueError(f"dataset must be one of {', '.join(STATISTICS)}, got {name!r}")
+    if name == "folder":
+        splits = _folder(Path(data_dir), image_size or 224)
+    elif name == "digits":
+        splits = _digits()
+    else:
+        splits = _torchvision(name, Path(data_dir))
+    pretrain, train, test, classes, size = splits
+    mean, std = STATISTICS[name]
+    return Data(name, pretrain, train, test, tuple(classes), len(mean), size, mean, std)
+
+
+Splits = tuple[Any, Any, Any, Any, int]  # pretrain, train, test, classes, size
+
+
+def _digits() -> Splits:
+    """The 1797 digits of scikit-learn, 8 x 8, enlarged to 16 x 16 so that augmentation has room."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    bunch = load_digits()
+    images = torch.from_numpy(bunch.images).float()[:, None] * (255 / 16)
+    images = torch.nn.functional.interpolate(images, size=16, mode="bilinear")
+    images, labels = images.round().to(torch.uint8), torch.from_numpy(bunch.target).long()
+    train, test = train_test_split(
+        np.arange(len(images)), test_size=360, random_state=0, stratify=bunch.target
+    )
+    train_split, test_split = (
+        Images(images[train], labels[train]),
+        Images(images[test], labels[test]),
+    )
+    return train_split, train_split, test_split, [str(digit) for digit in range(10)], 16
+
+
+def _torchvision(name: str, root: Path) -> Splits:
+    kind, place, site = {
+        "mnist": (datasets.MNIST, "MNIST/raw", "http://yann.lecun.com/exdb/mnist"),
+        "fashion-mnist": (
+            datasets.FashionMNIST,
+            "FashionMNIST/raw",
+            "https://github.com/zalandoresearch/fashion-mnist",
+        ),
+        "cifar10": (
+            datasets.CIFAR10,
+            "cifar-10-batches-py",
+            "https://www.cs.toronto.edu/~kriz/cifar.html",
+        ),
+        "cifar100": (
+            datasets.CIFAR100,
+            "cifar-100-python",
+            "https://www.cs.toronto.edu/~kriz/cifar.html",
+        ),
+        "stl10": (datasets.STL10, "stl10_binary", "https://cs.stanford.edu/~acoates/stl10"),
+    }[name]
+
+    def split(**which: Any) -> Any:
+        try:
+            return kind(root, **which)
+        except RuntimeError:  # not there, or not whole
+            try:
+                return kind(root, download=True, **which)
+            except (OSError, RuntimeError) as error:
+                reason = " ".join(str(error).split())
+                raise ValueError(
+                    f"data set {name!r} is not in {root / place} and cannot be downloaded "
+                    f"({reason}); put the files of {site} there, or name another data_dir"
+                ) from None
+
+    if name == "stl10":
+        both, test = split(split="train+unlabeled"), split(split="test")
+        images, labels = torch.from_numpy(both.data), torch.from_numpy(both.labels).long()
+        known = labels >= 0
+        pretrain = Images(images, labels)
+        train = Images(images[known], labels[known])
+        return pretrain, train, _images(test.data, test.labels), both.classes, 96
+    both, test = split(train=True), split(train=False)
+    train = _images(both.data, both.targets)
+    return train, train, _images(test.data, test.targets), both.classes, train.images.shape[-1]
+
+
+def _images(images: Any, labels: Any) -> Images:
+    """Arrays of torchvision, [N, H, W], [N, H, W, 3] or [N, 3, H, W], as Images."""
+    images, labels = torch.as_tensor(images), torch.as_tensor(np.asarray(labels)).long()
+    if images.ndim == 3:
+        images = images[:, None]
+    elif images.shape[-1] == 3:
+        images = images.permute(0, 3, 1, 2).contiguous()
+    return Images(images, labels)
+
+
+def _folder(root: Path, size: int) -> Splits:
+    """An image folder.
+
+    ``root/train/CLASS`` and ``root/test/CLASS`` (or ``val``) are taken as they are; of
+    ``root/CLASS`` every fifth image is the test split; anything else is images without labels.
+    """
+    if not root.is_dir():
+        raise ValueError(
+            f"data_dir must be a folder of images for dataset 'folder', found no {root}"
+        )
+    held_out = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
+    if (root / "train").is_dir() and held_out:
+        train, classes = _labelled(root / "train")
+        test, test_classes = _labelled(held_out)
+        if classes != test_classes or not train or not test:
+            raise ValueError(
+                f"data_dir: {root / 'train'} and {held_out} must hold images of the same classes, "
+                f"got {classes} and {test_classes}"
+            )
+    else:
+        found, classes = _labelled(root)
+        if len(classes) < 2:
+            paths = sorted(str(path) for path in root.rglob("*") if _is_image(path))
+            if not paths:
+                raise ValueError(
+                    f"data_dir: no images in {root} "
+                    f"(looked for {', '.join(datasets.folder.IMG_EXTENSIONS)})"
+                )
+            return Files(paths, [-1] * len(paths), None), None, None, (), size
+        train, test = [], []
+        for label in range(len(classes)):
+            of_class = [item for item in found if item[1] == label]
+            test += of_class[1::5]
+            train += [item for i, item in enumerate(of_class) if i % 5 != 1]
+    splits = [
+        Files([path for path, _ in split], [label for _, label in split], side)
+        for split, side in ((train, None), (train, size), (test, size))
+    ]
+    return splits[0], splits[1], splits[2], classes, size
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in datasets.folder.IMG_EXTENSIONS and path.is_file()
+
+
+def _labelled(root: Path) -> tuple[list[tuple[str, int]], list[str]]:
+    """The images under each folder of root, with their folder's number, and the folders' names."""
+    folders = sorted(path for path in root.iterdir() if path.is_dir())
+    groups = {folder.name: sorted(filter(_is_image, folder.rglob("*"))) for folder in folders}
+    groups = {name: paths for name, paths in groups.items() if paths}
+    return [(str(p), i) for i, paths in enumerate(groups.values()) for p in paths], list(groups)

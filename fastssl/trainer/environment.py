@@ -1,0 +1,31 @@
+"""What a run ran on."""
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+import fastssl
+
+PACKAGES = ("triton", "torchvision", "numpy", "scikit-learn", "timm", "safetensors")
+
+
+def environment() -> dict[str, str]:
+    """Versions and devices of this machine, by name."""
+    found = {"fastssl": fastssl.__version__, "python": platform.python_version()}
+    found["torch"] = torch.__version__
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    found["platform"] = platform.platform()
+    found["cpu"] = (
+        f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    )
+    for i in range(torch.cuda.device_count()):
+        found[f"cuda:{i}"] = torch.cuda.get_device_name(i)
+    if torch.backends.mps.is_available():
+        found["mps"] = "available"
+    return found

@@ -1,0 +1,362 @@
+"""How good a backbone is: collapse monitors, nearest neighbours, a linear probe, few labels."""
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from fastssl.trainer import checkpoint, data, networks
+from fastssl.trainer.config import Config, read_options
+from fastssl.trainer.data import Data, Item
+
+LABEL_COUNTS = (20, 50, 100, 200)
+DRAWS = 5
+# What a network is trained with on few labels, whatever it starts from. On digits, neither learning
+# rates three times higher or lower nor twice as many steps gain either side more than deviation.
+FEW_LABELS = {"steps": 100, "batch_size": 32, "lr": 1e-3, "head_lr": 1e-2, "weight_decay": 1e-2}
+
+
+def embedding_statistics(z0: Tensor, z1: Tensor) -> dict[str, float]:
+    """Four numbers that show a collapse, of the embeddings of two views scaled to unit length.
+
+    Args:
+        z0: Embeddings [N, D] of one view of N images, N at least 2.
+        z1: Embeddings [N, D] of another view of the same images.
+
+    Returns:
+        embedding_std: Mean over features of the standard deviation, times sqrt(D): 1 when the
+            embeddings are spread evenly over the sphere, 0 when they are all the same (Chen & He,
+            SimSiam, 2021, section 4.1).
+        effective_rank: exp of the entropy of the singular values, taken as shares of their sum:
+            between 1, a line, and D (Roy & Vetterli 2007; RankMe, Garrido et al. 2023).
+        alignment: Mean squared distance between the two views of an image, 0 at best.
+        uniformity: log of the mean of exp(-2 d^2) over all pairs of images, d their distance: 0
+            when all are the same, lower when they are spread (both Wang & Isola 2020).
+    """
+    z0, z1 = F.normalize(z0, dim=1), F.normalize(z1, dim=1)
+    z = torch.cat([z0, z1])
+    shares = torch.linalg.svdvals(z)
+    shares = shares / shares.sum()
+    potentials = [F.pdist(view).square().mul(-2).exp().mean().log() for view in (z0, z1)]
+    return {
+        "embedding_std": (z.std(dim=0).mean() * z.shape[1] ** 0.5).item(),
+        "effective_rank": torch.special.entr(shares).sum().exp().item(),
+        "alignment": (z0 - z1).square().sum(dim=1).mean().item(),
+        "uniformity": torch.stack(potentials).mean().item(),
+    }
+
+
+@contextmanager
+def frozen(network: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; RuntimeError if a weight or running statistic still changes."""
+    modes = {module: module.training for module in network.modules()}
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    network.eval()
+    try:
+        with torch.no_grad():
+            yield
+        if any(module.training for module in modes):
+            raise RuntimeError("the network left eval mode while its features were extracted")
+        for name, value in network.state_dict().items():
+            if not torch.equal(value, before[name]):
+                raise RuntimeError(f"{name} of a frozen network changed")
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def extract(
+    backbone: nn.Module,
+    dataset: Dataset[Item],
+    *,
+    data: Data,
+    device: torch.device | str,
+    batch_size: int = 512,
+) -> tuple[Tensor, Tensor]:
+    """The features of a frozen network.
+
+    Args:
+        backbone: The network, on ``device``. It is left in the mode it came in.
+        dataset: One split of ``data``.
+        data: Knows how to normalise the images.
+        device: Where the network is.
+        batch_size: Images at a time.
+
+    Returns:
+        The features, float32 [N, F], and the labels, int64 [N], both on the CPU.
+
+    Raises:
+        RuntimeError: A weight or a running statistic of the network changed.
+    """
+    features, labels = [], []
+    with frozen(backbone):
+        # A generator of its own: a loader otherwise draws from the global one.
+        for images, of_batch in DataLoader(dataset, batch_size, generator=torch.Generator()):
+            features.append(backbone(data.normalize(images.to(device))).float().cpu())
+            labels.append(of_batch)
+    return torch.cat(features), torch.cat(labels)
+
+
+def knn_accuracy(
+    train_x: Tensor,
+    train_y: Tensor,
+    test_x: Tensor,
+    test_y: Tensor,
+    k: int = 20,
+    temperature: float = 0.07,
+) -> float:
+    """Share of test images that their nearest training images classify correctly.
+
+    The k nearest by cosine similarity vote with weight exp(similarity / temperature), as in Wu et
+    al., Unsupervised Feature Learning via Non-Parametric Instance Discrimination, 2018, section
+    3.4.
+
+    Args:
+        train_x: Features [N, F] that vote.
+        train_y: Their classes [N], whole numbers from 0.
+        test_x: Features [M, F].
+        test_y: Their classes [M].
+        k: Neighbours that vote; all of them where there are fewer.
+        temperature: Of the votes.
+
+    Returns:
+        The accuracy, between 0 and 1.
+    """
+    train_x, test_x = F.normalize(train_x, dim=1), F.normalize(test_x, dim=1)
+    classes = int(train_y.max()) + 1
+    rows = max(1, 2**24 // len(train_x))  # at most 64 MiB of similarities at a time
+    correct = 0
+    for queries, truth in zip(torch.split(test_x, rows), torch.split(test_y, rows), strict=True):
+        similarity, nearest = (queries @ train_x.T).topk(min(k, len(train_x)))
+        votes = torch.zeros(len(queries), classes, dtype=similarity.dtype, device=queries.device)
+        votes.scatter_add_(1, train_y[nearest], ((similarity - 1) / temperature).exp())
+        correct += int((votes.argmax(dim=1) == truth).sum())
+    return correct / len(test_x)
+
+
+def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> float:
+    """Test accuracy of logistic regression on the training features [N, F], standardised."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+    probe.fit(train_x.numpy(), train_y.numpy())
+    return float(probe.score(test_x.numpy(), test_y.numpy()))
+
+
+def draw_labels(labels: Tensor, count: int, seed: int) -> Tensor:
+    """Indices of ``count`` random images, as many of each class while there are enough.
+
+    With the same seed a larger draw contains the smaller one.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(labels), generator=generator)
+    classes = int(labels.max()) + 1
+    turn = torch.randperm(classes, generator=generator)[labels[order]]  # of each image's class
+    round_ = torch.empty_like(order)
+    for c in range(classes):
+        of_class = labels[order] == c
+        round_[of_class] = torch.arange(int(of_class.sum()))
+    return order[(round_ * classes + turn).argsort()[:count]]
+
+
+def train_on_few(
+    backbone: Any, images: Tensor, labels: Tensor, classes: int, *, seed: int
+) -> nn.Sequential:
+    """Train a backbone with a new linear classifier by ``FEW_LABELS``, without augmentation.
+
+    Args:
+        backbone: Where to start from; it is trained in place.
+        images: Normalised, [N, C, H, W], on the backbone's device.
+        labels: Their classes [N].
+        classes: How many classes there are.
+        seed: Of the classifier and of the batches.
+
+    Returns:
+        The backbone with the classifier, images -> [B, classes].
+    """
+    recipe = FEW_LABELS
+    steps, batch_size = int(recipe["steps"]), int(recipe["batch_size"])
+    generator = torch.Generator().manual_seed(seed)
+    head = nn.Linear(backbone.out_features, classes)
+    nn.init.normal_(head.weight, std=0.01, generator=generator)
+    nn.init.zeros_(head.bias)
+    network = nn.Sequential(backbone, head.to(images.device)).train()
+    groups = [
+        {"params": list(backbone.parameters()), "lr": recipe["lr"]},
+        {"params": list(head.parameters()), "lr": recipe["head_lr"]},
+    ]
+    optimizer = torch.optim.AdamW(groups, weight_decay=recipe["weight_decay"])
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        batch = torch.randperm(len(images), generator=generator)[:batch_size].to(images.device)
+        loss = F.cross_entropy(network(images[batch]), labels[batch])
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        optimizer.step()
+        schedule.step()
+    return network
+
+
+def run_config(run: Path) -> Config:
+    """The resolved options of a run, from its config.yaml."""
+    if not (run / "config.yaml").is_file():
+        raise ValueError(
+            f"run must be a folder that fastssl pretrain wrote, found no {run / 'config.yaml'}"
+        )
+    return Config.from_dict(read_options(run / "config.yaml")).resolved()
+
+
+def load_data(config: Config) -> Data:
+    """The data set of a run."""
+    return data.load(config.dataset, config.data_dir, config.image_size)
+
+
+def device_for(config: Config) -> torch.device:
+    """This machine's accelerator, unless there is none or the run kept to the CPU."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator if accelerator and config.device != "cpu" else torch.device("cpu")
+
+
+def evaluate_run(run: Path) -> dict[str, Any]:
+    """Evaluate the backbone of a run and write the results to its ``evaluation.json``.
+
+    Nearest neighbours and a linear probe see frozen features of the whole training split, those of
+    the pretrained backbone and those of one that is random. Then ``DRAWS`` draws each of
+    ``LABEL_COUNTS`` class-balanced labelled images train four classifiers: the pretrained backbone
+    fine-tuned, the same network from scratch by the very same recipe, and a linear classifier on
+    either frozen backbone.
+
+    Args:
+        run: The folder that ``pretrain`` wrote.
+
+    Returns:
+        What was written: accuracies between 0 and 1; or ``{"skipped": why}`` for a data set without
+        labels.
+
+    Raises:
+        ValueError: The folder is not a run, or its backbone is missing or damaged.
+    """
+    started = time.perf_counter()
+    run = Path(run)
+    config = run_config(run)
+    device = device_for(config)
+    pretrained = networks.load_backbone(run, device)
+    images = load_data(config)
+    if images.train is None:
+        results: dict[str, Any] = {"skipped": f"data set {config.dataset!r} has no labels"}
+        print(f"evaluation skipped: {results['skipped']}")
+        _write(run, results)
+        return results
+
+    def untrained(seed: int) -> Any:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return networks.build_backbone(
+                pretrained.about["architecture"], images.channels, images.size
+            ).to(device)
+
+    random_backbone = untrained(config.seed)
+    features = {
+        name: (
+            *extract(net, images.train, data=images, device=device),
+            *extract(net, images.test, data=images, device=device),
+        )
+        for name, net in (("pretrained", pretrained), ("random", random_backbone))
+    }
+    train_y, test_y = features["pretrained"][1], features["pretrained"][3]
+    results = {
+        "train_images": len(train_y),
+        "test_images": len(test_y),
+        "classes": len(images.classes),
+        "draws": DRAWS,
+        "recipe": FEW_LABELS,
+        "knn": {name: knn_accuracy(*x) for name, x in features.items()},
+        "linear": {name: linear_probe(*x) for name, x in features.items()},
+        "few_labels": [],
+    }
+
+    counts = [count for count in LABEL_COUNTS if count <= len(train_y)]
+    if len(counts) < len(LABEL_COUNTS):
+        left_out = ", ".join(str(count) for count in LABEL_COUNTS if count not in counts)
+        print(f"left out {left_out} labels: the training split has {len(train_y)} images")
+
+    def trained(backbone: Any, chosen: Tensor, seed: int) -> float:
+        few = torch.stack([images.train[i][0] for i in chosen.tolist()])
+        network = train_on_few(
+            backbone,
+            images.normalize(few.to(device)),
+            train_y[chosen].to(device),
+            len(images.classes),
+            seed=seed,
+        )
+        logits, _ = extract(network, images.test, data=images, device=device)
+        return (logits.argmax(dim=1) == test_y).double().mean().item()
+
+    todo = [(count, draw) for count in counts for draw in range(DRAWS)]
+    scores: dict[int, dict[str, list[float]]] = {count: {} for count in counts}
+    for count, draw in track(todo, "few labels", disable=not sys.stdout.isatty()):
+        chosen = draw_labels(train_y, count, seed=draw)
+        of_draw = {
+            "fine_tuned": trained(networks.load_backbone(run, device), chosen, draw),
+            "from_scratch": trained(untrained(draw), chosen, draw),
+        }
+        for name, (train_x, _, test_x, _) in features.items():
+            of_draw[f"{name}_frozen"] = linear_probe(
+                train_x[chosen], train_y[chosen], test_x, test_y
+            )
+        for name, accuracy in of_draw.items():
+            scores[count].setdefault(name, []).append(accuracy)
+    for count, arms in scores.items():
+        results["few_labels"].append(
+            {
+                "labels": count,
+                **{
+                    name: {
+                        "mean": statistics.mean(accuracies),
+                        "std": statistics.stdev(accuracies),
+                        "accuracies": accuracies,
+                    }
+                    for name, accuracies in arms.items()
+                },
+            }
+        )
+    results["seconds"] = time.perf_counter() - started
+    _write(run, results)
+    return results
+
+
+def read_results(run: Path) -> dict[str, Any] | None:
+    """What ``evaluate_run`` wrote, or None if the run was not evaluated yet."""
+    results = read_json(run / "evaluation.json")
+    if results and "skipped" not in results and not {"knn", "linear", "few_labels"} <= set(results):
+        raise ValueError(
+            f"{run / 'evaluation.json'} is damaged (results are missing); "
+            f"fastssl evaluate {run} writes it anew"
+        )
+    return results
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The mapping in a JSON file, or None if there is no such file."""
+    if not path.exists():
+        return None
+    try:
+        return dict(json.loads(path.read_text()))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error})") from None
+
+
+def _write(run: Path, results: dict[str, Any]) -> None:
+    checkpoint.write(run / "evaluation.json", (json.dumps(results, indent=2) + "\n").encode())

@@ -1,0 +1,385 @@
+"""The pretraining loop: from a Config to a run folder with a backbone in it."""
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
+
+from fastssl.ops.backend import resolve
+from fastssl.trainer import augment, checkpoint, data, evaluate, networks, optim
+from fastssl.trainer.config import Config
+from fastssl.trainer.environment import environment
+from fastssl.trainer.methods import METHODS
+
+# Options that a resumed run may change: they say where and how it runs, not what it computes.
+FREE = ("data_dir", "device", "out", "workers")
+
+
+@dataclass
+class Run:
+    """A run on disk.
+
+    Attributes:
+        path: Its folder.
+        complete: False if it was interrupted before its last step.
+        history: The rows of metrics.csv, a dict for each epoch.
+    """
+
+    path: Path
+    complete: bool
+    history: list[dict[str, Any]]
+
+
+def pretrain(config: Config, *, resume: bool = False) -> Run:
+    """Pretrain a backbone.
+
+    The run's folder, ``config.out``, then holds backbone.safetensors, metrics.csv, TensorBoard
+    logs, the config and the last two checkpoints. SIGINT (Ctrl-C) or SIGTERM ends the run after the
+    current step and saves it.
+
+    Args:
+        config: The options.
+        resume: Continue the run in ``config.out``, to the result it would have had without the
+            interruption; start it if there is none.
+
+    Returns:
+        The Run.
+
+    Raises:
+        ValueError: An option cannot be used, or differs from those of the run to resume.
+        FloatingPointError: The loss or its gradient became NaN or infinite; the last good state is
+            saved.
+        OSError: The folder cannot be written any more.
+
+    Example:
+        >>> run = pretrain(Config(epochs=1, out="runs/try"))  # doctest: +SKIP
+    """
+    trainer = Trainer(config)
+    found = checkpoint.latest(trainer.out)
+    if found and not resume:
+        raise ValueError(
+            f"out: {trainer.out} holds a run already; continue it with resume (--resume), "
+            f"or name another folder"
+        )
+    if found:
+        trainer.restore(checkpoint.load(found))
+        if trainer.step == trainer.steps and (trainer.out / "backbone.safetensors").exists():
+            print(f"{trainer.out} is complete ({trainer.config.epochs} epochs)")
+            return Run(trainer.out, True, trainer.history)
+    threads = torch.get_num_threads()
+    try:
+        return trainer.run()
+    finally:
+        torch.set_num_threads(threads)
+
+
+class Trainer:
+    """Everything that a run is made of; `step` and what `state` returns change as it goes on."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config = config.resolved()
+        self.device = _device(config.device)
+        try:
+            resolve(config.backend, torch.empty(0, device=self.device))
+        except RuntimeError as error:
+            raise ValueError(f"backend: {error}") from None
+        self.out = _writable(config.out)
+        self.data = data.load(config.dataset, config.data_dir, config.image_size)
+        if config.batch_size > len(self.data.pretrain):
+            raise ValueError(
+                f"batch_size must be at most {len(self.data.pretrain)}, the number of images, "
+                f"got {config.batch_size}"
+            )
+        self.per_epoch = len(self.data.pretrain) // config.batch_size
+        self.steps = config.epochs * self.per_epoch
+
+        torch.manual_seed(config.seed)
+        self.backbone = networks.build_backbone(config.backbone, self.data.channels, self.data.size)
+        self.layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
+        self.method = METHODS[config.method](self.backbone, config)
+        self.method.to(self.device, memory_format=self.layout)
+        self.optimizer = optim.build(self.method, config)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
+        # Without an accelerator the workers and the network share the cores. The last bits of a
+        # result depend on the number of threads, so a checkpoint remembers it.
+        cores = os.cpu_count() or 1
+        on_cpu = self.device.type == "cpu"
+        default = min(8, max(1, cores // 2) if on_cpu else cores)
+        self.workers = default if config.workers is None else config.workers
+        self.threads = torch.get_num_threads()
+        if on_cpu:
+            self.threads = min(self.threads, max(1, cores - self.workers))
+        self.step = 0
+        self.history: list[dict[str, Any]] = []
+        self.loss_sum, self.seconds = 0.0, 0.0  # of the current epoch
+
+    def run(self) -> Run:
+        """Train to the end or until a signal, from wherever the state stands."""
+        config = self.config
+        torch.set_num_threads(self.threads)
+        config.save(self.out / "config.yaml")
+        (self.out / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+        self.writer = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.step)
+        parameters = sum(parameter.numel() for parameter in self.method.parameters())
+        print(
+            f"{config.method} on {config.dataset}: {len(self.data.pretrain)} images, "
+            f"{config.backbone} and head of {parameters / 1e6:.2f} M parameters, "
+            f"{config.epochs} epochs of {self.per_epoch} steps on {self.device}"
+        )
+        if self.step:
+            print(f"continuing {self.out} at step {self.step} of {self.steps}")
+        progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[told]}"),
+            TimeRemainingColumn(),
+            disable=not sys.stdout.isatty(),
+        )
+        with _stoppable() as stop, progress, self.writer:
+            bar = progress.add_task("starting", total=self.steps, completed=self.step, told="")
+            last = time.perf_counter()
+            for views in self._loader():
+                loss, embeddings = self._train_step(views)
+                now = time.perf_counter()
+                self.seconds, last = self.seconds + now - last, now
+                done = (self.step - 1) % self.per_epoch + 1
+                rate = done * config.batch_size / self.seconds
+                epoch = (self.step - 1) // self.per_epoch + 1
+                progress.update(
+                    bar,
+                    completed=self.step,
+                    description=f"epoch {epoch}/{config.epochs}",
+                    told=f"loss {loss:.4f}  {rate:.0f} images/s",
+                )
+                if done == self.per_epoch:
+                    line = self._end_epoch(epoch, rate, embeddings)
+                    progress.console.print(line, highlight=False, soft_wrap=True)
+                    last = time.perf_counter()
+                if stop.is_set():
+                    break
+        if self.step < self.steps:
+            checkpoint.save(self.out, self.state())
+            print(f"stopped after step {self.step} of {self.steps}; continue with:")
+            print(f"  fastssl pretrain --resume --out {self.out}")
+            return Run(self.out, False, self.history)
+        networks.export_backbone(
+            self.out / "backbone.safetensors",
+            self.backbone,
+            architecture=config.backbone,
+            channels=self.data.channels,
+            size=self.data.size,
+            mean=self.data.mean,
+            std=self.data.std,
+        )
+        return Run(self.out, True, self.history)
+
+    def state(self) -> dict[str, Any]:
+        """All that the rest of the run depends on."""
+        return {
+            "config": dataclasses.asdict(self.config),
+            "images": len(self.data.pretrain),
+            "threads": self.threads,
+            "step": self.step,
+            "method": self.method.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "history": self.history,
+            "loss_sum": self.loss_sum,
+            "seconds": self.seconds,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up the state of a checkpoint, if it is one of this very run."""
+        for name, now in dataclasses.asdict(self.config).items():
+            then = state["config"].get(name)
+            if name not in FREE and then != now:
+                raise ValueError(
+                    f"{name} is {now!r}, but the run in {self.out} was started with {then!r}; "
+                    f"leave it so, or name another folder with out"
+                )
+        if state["images"] != len(self.data.pretrain):
+            raise ValueError(
+                f"data_dir: the data set has {len(self.data.pretrain)} images, but the run in "
+                f"{self.out} was started with {state['images']}"
+            )
+        self.method.load_state_dict(state["method"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.threads = state["threads"]
+        self.step, self.history = state["step"], state["history"]
+        self.loss_sum, self.seconds = state["loss_sum"], state["seconds"]
+
+    def _loader(self) -> DataLoader[list[torch.Tensor]]:
+        config = self.config
+        return DataLoader(
+            augment.Views(
+                self.data.pretrain,
+                augment.default(config.dataset, self.data.size),
+                self.method.views,
+                config.seed,
+            ),
+            batch_sampler=augment.Batches(
+                len(self.data.pretrain), config.batch_size, config.seed, self.step, self.steps
+            ),
+            num_workers=self.workers,
+            worker_init_fn=_leave_process_group,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def _train_step(self, views: list[torch.Tensor]) -> tuple[float, Any]:
+        """One step of the optimiser; what is not finite raises before it reaches the weights."""
+        factor = optim.schedule(self.step, self.steps, self.config.warmup_epochs * self.per_epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr * factor
+        # A forward pass writes running statistics: what they were is kept until the step is good.
+        buffers = [buffer.clone() for buffer in self.method.buffers()]
+        images = [
+            self.data.normalize(view.to(self.device, non_blocking=True)).contiguous(
+                memory_format=self.layout
+            )
+            for view in views
+        ]
+        self.method.train()
+        precision = getattr(torch, self.config.precision)
+        with torch.autocast(self.device.type, precision, enabled=precision != torch.float32):
+            loss, embeddings = self.method(images)
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        finite = loss.detach()
+        if not self.scaler.is_enabled():  # the scaler itself skips a step whose gradient overflows
+            gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
+            finite = finite + torch.nn.utils.get_total_norm(gradients)
+        value, finite = torch.stack([loss.detach(), finite]).tolist()
+        if not math.isfinite(finite):
+            for buffer, kept in zip(self.method.buffers(), buffers, strict=True):
+                buffer.copy_(kept)
+            checkpoint.save(self.out, self.state())
+            what = "loss" if not math.isfinite(value) else "gradient"
+            raise FloatingPointError(
+                f"the {what} is not finite at step {self.step + 1} "
+                f"(epoch {self.step // self.per_epoch + 1}); the state after step {self.step} is "
+                f"saved in {self.out / checkpoint.NAME}. A lower lr (now {self.config.lr:g}), more "
+                f"warmup_epochs or another precision may help"
+            )
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.step += 1
+        self.loss_sum += value
+        self.writer.add_scalar("train/loss", value, self.step)
+        self.writer.add_scalar("train/lr", self.optimizer.param_groups[0]["lr"], self.step)
+        return value, embeddings
+
+    def _end_epoch(self, epoch: int, rate: float, embeddings: Any) -> str:
+        """Measure, log and save; returns the line that says so."""
+        row: dict[str, Any] = {
+            "epoch": epoch,
+            "loss": self.loss_sum / self.per_epoch,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "images_per_second": rate,
+            "seconds": self.seconds,
+            "knn_accuracy": None,
+        }
+        every = self.config.knn_every
+        if self.data.train and every and (epoch % every == 0 or epoch == self.config.epochs):
+            splits = (self.data.train, self.data.test)
+            (train_x, train_y), (test_x, test_y) = (
+                evaluate.extract(self.backbone, split, data=self.data, device=self.device)
+                for split in splits
+            )
+            row["knn_accuracy"] = evaluate.knn_accuracy(train_x, train_y, test_x, test_y)
+        z0, z1 = (z.detach().float() for z in embeddings)
+        row |= evaluate.embedding_statistics(z0, z1)
+        self.history.append(row)
+        self.loss_sum, self.seconds = 0.0, 0.0
+
+        for name, value in row.items():
+            if name != "epoch" and value is not None:
+                self.writer.add_scalar(f"epoch/{name}", value, epoch)
+        table = io.StringIO()
+        lines = csv.DictWriter(table, row)
+        lines.writeheader()
+        lines.writerows(self.history)
+        checkpoint.write(self.out / "metrics.csv", table.getvalue().encode())
+        checkpoint.save(self.out, self.state())
+        knn = "" if row["knn_accuracy"] is None else f"  kNN {row['knn_accuracy']:.1%}"
+        return (
+            f"epoch {epoch}/{self.config.epochs}  loss {row['loss']:.4f}{knn}  "
+            f"effective rank {row['effective_rank']:.0f}  {rate:.0f} images/s"
+        )
+
+
+@contextmanager
+def _stoppable() -> Iterator[threading.Event]:
+    """An event that the first SIGINT or SIGTERM sets; the second acts as it usually does."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # only the main thread may handle signals
+        return
+    usual: dict[signal.Signals, Any] = {}
+
+    def ask(*_: Any) -> None:
+        stop.set()
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        usual[number] = signal.signal(number, ask)
+    try:
+        yield stop
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
+
+def _leave_process_group(_: int) -> None:
+    """Ctrl-C goes to a whole process group, and the workers must live to the end of the step."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+
+
+def _device(name: str) -> torch.device:
+    """The device of that name, if this machine has it."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if name == "auto":
+        return accelerator or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        known = f"auto, cpu or {accelerator}" if accelerator else "auto or cpu"
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"device must be {known} on this machine, got {name!r} ({reason})"
+        ) from None
+    return device
+
+
+def _writable(name: str) -> Path:
+    """The folder of that name, made if need be."""
+    folder = Path(name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(
+            f"out must be a folder that can be written, got {folder} ({error.strerror})"
+        ) from None
+    return folder

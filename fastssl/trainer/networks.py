@@ -1,0 +1,133 @@
+"""Backbones, the projection head, and the exported backbone file."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastssl.trainer import checkpoint
+
+BACKBONES = ("cnn", "resnet18", "resnet34", "resnet50")
+SMALL = 64  # images up to this side get a stem that keeps their resolution
+FORMAT = "fastssl backbone 1"
+
+
+class CNN(nn.Sequential):
+    """Four convolutions for digit-like images: [B, C, H, W] -> [B, 128]."""
+
+    out_features = 128
+
+    def __init__(self, channels: int) -> None:
+        layers: list[nn.Module] = []
+        for width, stride in ((32, 2), (64, 1), (64, 2), (128, 1)):
+            layers += [
+                nn.Conv2d(channels, width, 3, stride, padding=1, bias=False),
+                nn.BatchNorm2d(width),
+                nn.ReLU(inplace=True),
+            ]
+            channels = width
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+class ProjectionHead(nn.Sequential):
+    """The two-layer perceptron between backbone and loss, thrown away after pretraining."""
+
+    def __init__(self, in_features: int, hidden: int, out_features: int) -> None:
+        super().__init__(
+            nn.Linear(in_features, hidden, bias=False),
+            nn.BatchNorm1d(hidden),
+            nn.ReLU(inplace=True),
+            nn.Linear(hidden, out_features, bias=False),
+            nn.BatchNorm1d(out_features),
+        )
+
+
+def build_backbone(name: str, channels: int, size: int) -> Any:
+    """An untrained backbone: images [B, channels, size, size] -> features [B, out_features].
+
+    A ResNet is torchvision's, with its key names, less the classifier. For images of at most 64
+    pixels its stem is a 3x3 convolution and the max-pool is left out, as SimCLR's appendix B.9 has
+    it for CIFAR-10.
+
+    Args:
+        name: One of `BACKBONES`.
+        channels: Channels of the images.
+        size: Side of the images.
+
+    Returns:
+        A Module with an integer attribute ``out_features``.
+    """
+    if name not in BACKBONES:
+        raise ValueError(f"backbone must be one of {', '.join(BACKBONES)}, got {name!r}")
+    if name == "cnn":
+        return CNN(channels)
+    import torchvision  # here, so that the names above can be listed without it
+
+    network = getattr(torchvision.models, name)(weights=None)
+    network.out_features = network.fc.in_features
+    network.fc = nn.Identity()
+    if size <= SMALL:
+        network.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
+        network.maxpool = nn.Identity()
+    elif channels != 3:
+        network.conv1 = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
+    return network
+
+
+def export_backbone(
+    path: str | Path,
+    backbone: nn.Module,
+    *,
+    architecture: str,
+    channels: int,
+    size: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> None:
+    """Write a backbone, with what it takes to rebuild and feed it, to a safetensors file."""
+    from safetensors.torch import save
+
+    about = {"architecture": architecture, "channels": channels, "size": size}
+    about |= {"mean": mean, "std": std}
+    weights = {name: value.cpu().contiguous() for name, value in backbone.state_dict().items()}
+    checkpoint.write(Path(path), save(weights, {"format": FORMAT, "backbone": json.dumps(about)}))
+
+
+def load_backbone(path: str | Path, device: str | torch.device = "cpu") -> Any:
+    """The pretrained backbone of a run, in eval mode.
+
+    Its attribute ``about`` holds what it was built from (architecture, channels, size) and the
+    ``mean`` and ``std`` its images, scaled to [0, 1], were normalised with.
+
+    Args:
+        path: A ``backbone.safetensors``, or the folder of the run that wrote it.
+        device: Where to put it.
+
+    Returns:
+        The Module: images [B, channels, size, size] -> features [B, out_features].
+
+    Example:
+        >>> backbone = load_backbone("runs/simclr-digits")  # doctest: +SKIP
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if path.is_dir():
+        path = path / "backbone.safetensors"
+    if not path.is_file():
+        raise ValueError(f"path must be a backbone.safetensors or a run's folder, found no {path}")
+    try:
+        with safe_open(path, "pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from None
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a backbone that fastssl exported")
+    about = json.loads(metadata["backbone"])
+    backbone = build_backbone(about["architecture"], about["channels"], about["size"])
+    backbone.load_state_dict(weights)
+    backbone.about = about
+    return backbone.to(device).eval()

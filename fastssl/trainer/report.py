@@ -1,0 +1,495 @@
+"""The report of a run: one HTML file that needs nothing else, and what was learned in words."""
+
+import base64
+import csv
+import dataclasses
+import io
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+import numpy as np
+import torch
+from markupsafe import Markup, escape
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Subset
+
+from fastssl.trainer import augment, checkpoint, evaluate, networks
+from fastssl.trainer.config import Config
+from fastssl.trainer.data import Data, Files
+
+# Petroff 2021 (arXiv:2107.02270): ten colours that people with any colour vision tell apart.
+COLORS: list[str] = [
+    *("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6"),
+    *("#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd"),
+]
+ARMS = {  # in evaluation.json: name, colour, marker
+    "fine_tuned": ("pretrained, fine-tuned", COLORS[0], "o"),
+    "pretrained_frozen": ("pretrained, frozen", COLORS[4], "D"),
+    "from_scratch": ("from scratch", COLORS[6], "s"),
+    "random_frozen": ("random, frozen", COLORS[8], "^"),
+}
+MONITORS = {
+    "embedding_std": (
+        "standard deviation",
+        "How far embeddings differ from one another. 1: spread evenly over the sphere. "
+        "0: all the same.",
+    ),
+    "effective_rank": (
+        "effective rank",
+        "How many directions the embeddings fill. 1: all on a line. "
+        "The dotted line is their full width.",
+    ),
+    "alignment": (
+        "alignment (squared distance)",
+        "How far apart two views of one image are: lower is better, as long as the other three "
+        "stay healthy.",
+    ),
+    "uniformity": (
+        "uniformity (log potential)",
+        "How evenly all images spread over the sphere: lower is better. 0: all in one point.",
+    ),
+}
+FILES = {
+    "backbone.safetensors": "the pretrained backbone",
+    "evaluation.json": "every number of the evaluation",
+    "metrics.csv": "the metrics, a line for each epoch",
+    "config.yaml": "the options, ready for --config",
+    "environment.json": "versions and devices",
+    "checkpoint.pt": "the last checkpoint, to resume from",
+    "tensorboard": "logs for TensorBoard",
+}
+GALLERY, QUERIES = 5000, 1500  # images that are compared, at most
+
+
+def write_report(run: Path) -> Path:
+    """Draw the report of a run, finished or not.
+
+    Args:
+        run: The folder that ``pretrain`` wrote.
+
+    Returns:
+        The path of ``report.html`` in that folder. It holds its pictures and asks for nothing from
+        elsewhere.
+
+    Raises:
+        ValueError: The folder is not a run, or a file in it is damaged.
+    """
+    run = Path(run)
+    config = evaluate.run_config(run)
+    history, results = _history(run), evaluate.read_results(run)
+    images = evaluate.load_data(config)
+    page: dict[str, Any] = {
+        "title": f"{config.method} on {config.dataset}",
+        "subtitle": f"{config.backbone}, {len(images.pretrain):,} images of {images.size} x "
+        f"{images.size} pixels, {len(history)} of {config.epochs} epochs, in {run}",
+        "run": run,
+        "run_repr": repr(str(run)),
+        "summary": summary(run),
+        "tiles": _tiles(history, results),
+        "pixels": images.size <= networks.SMALL,
+        "views": _halves(_view_strips(images, config)),
+        "input": f"[B, {images.channels}, {images.size}, {images.size}] -> [B, {_width(run)}]",
+        "files": [
+            (name, _size(run / name), what) for name, what in FILES.items() if (run / name).exists()
+        ],
+        "options": [
+            (option.name, getattr(config, option.name), option.metadata["help"])
+            for option in dataclasses.fields(config)
+            if getattr(config, option.name) is not None
+        ],
+        "environment": (evaluate.read_json(run / "environment.json") or {}).items(),
+    }
+    if history:
+        page |= _training(history, results, config)
+    if results and "few_labels" in results:
+        page["few"] = _few_labels(results)
+    if (run / "backbone.safetensors").exists():
+        page |= _embedding(run, images, config)
+    template = jinja2.Environment(
+        loader=jinja2.PackageLoader("fastssl.trainer", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.ChainableUndefined,
+    ).get_template("report.html")
+    path = run / "report.html"
+    checkpoint.write(path, template.render(page).encode())
+    return path
+
+
+def summary(run: Path) -> str:
+    """What a run has learned, in two sentences."""
+    config, history = evaluate.run_config(run), _history(run)
+    results = evaluate.read_results(run)
+    if not history:
+        return f"The run in {run} has not finished its first epoch. There is nothing to tell yet."
+    if not results or "skipped" in results:
+        why = f": {results['skipped']}" if results else f": fastssl evaluate {run} does that"
+        last = history[-1]
+        return (
+            f"After {len(history)} of {config.epochs} epochs the loss fell from "
+            f"{history[0]['loss']:.3f} to {last['loss']:.3f}, and the embeddings fill "
+            f"{last['effective_rank']:.0f} directions. "
+            f"The backbone has not been evaluated{why}."
+        )
+    knn = results["knn"]
+    first = (
+        f"Without a single label, {len(history)} epochs taught the network features by which "
+        f"nearest neighbours classify {knn['pretrained']:.1%} of {results['test_images']:,} unseen "
+        f"images, against {knn['random']:.1%} with the same network untrained."
+    )
+    rows = [row for row in results["few_labels"] if row["labels"] in (50, 100)]
+    if not rows:
+        return f"{first} A linear classifier on them reaches {results['linear']['pretrained']:.1%}."
+    told = [
+        f"on {row['labels']} labels {_percent(row['fine_tuned'])} (from scratch "
+        f"{_percent(row['from_scratch'])})"
+        for row in rows
+    ]
+    return f"{first} Fine-tuned, it reaches {' and '.join(told)}."
+
+
+def _percent(arm: dict[str, float]) -> str:
+    return f"{100 * arm['mean']:.1f} ± {100 * arm['std']:.1f}%"
+
+
+def _history(run: Path) -> list[dict[str, float]]:
+    """The rows of metrics.csv; what was not measured in an epoch is left out of its row."""
+    path = run / "metrics.csv"
+    if not path.exists():
+        return []
+    try:
+        with path.open(newline="") as file:
+            return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error})") from None
+
+
+def _tiles(
+    history: list[dict[str, float]], results: dict[str, Any] | None
+) -> list[tuple[str, str]]:
+    tiles = []
+    if results and "knn" in results:
+        knn, linear = results["knn"], results["linear"]
+        tiles += [
+            (
+                f"{knn['pretrained']:.1%}",
+                f"nearest neighbours, no training (untrained: {knn['random']:.1%})",
+            ),
+            (
+                f"{linear['pretrained']:.1%}",
+                f"linear classifier, all labels (untrained: {linear['random']:.1%})",
+            ),
+        ]
+        for row in results["few_labels"]:
+            if row["labels"] in (50, 100):
+                scratch = 100 * row["from_scratch"]["mean"]
+                what = f"fine-tuned on {row['labels']} labels (from scratch: {scratch:.1f}%)"
+                tiles.append((f"{row['fine_tuned']['mean']:.1%}", what))
+    elif history and "knn_accuracy" in history[-1]:
+        tiles.append((f"{history[-1]['knn_accuracy']:.1%}", "nearest neighbours, so far"))
+    return tiles
+
+
+def _width(run: Path) -> int | str:
+    path = run / "backbone.safetensors"
+    return networks.load_backbone(path).out_features if path.exists() else "features"
+
+
+def _size(path: Path) -> str:
+    paths = path.rglob("*") if path.is_dir() else [path]
+    size = sum(p.stat().st_size for p in paths if p.is_file())
+    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
+
+
+def _figure(draw: Callable[[Axes], None], alt: str, height: float = 3.0) -> Markup:
+    """An inline SVG, its text left as text, that scales with the page."""
+    style: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": alt,  # the same ids for the same figure, others for another
+        "font.size": 11,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": "#9aa5b1",
+        "axes.labelcolor": "#52606d",
+        "xtick.color": "#52606d",
+        "ytick.color": "#52606d",
+        "text.color": "#1f2933",
+        "axes.grid": True,
+        "grid.color": "#e4e7eb",
+        "axes.axisbelow": True,
+        "lines.linewidth": 2,
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(5, height), layout="constrained")
+        draw(figure.add_subplot())
+        text = io.StringIO()
+        figure.savefig(text, format="svg", transparent=True, dpi=150)
+    svg = text.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.S)
+    view = re.search(r'viewBox="[^"]*"', svg)
+    assert view
+    label = f'<svg role="img" aria-label="{escape(alt)}" {view[0]}>'
+    return Markup(re.sub(r"<svg.*?>", lambda _: label, svg, count=1, flags=re.S))
+
+
+def _training(
+    history: list[dict[str, float]], results: dict[str, Any] | None, config: Config
+) -> dict[str, Any]:
+    """The curves of loss and accuracy, and the collapse monitors."""
+
+    def line(name: str, label: str, scale: float = 1.0, **marks: float) -> Markup:
+        rows = [row for row in history if name in row]
+        epochs, values = [row["epoch"] for row in rows], [scale * row[name] for row in rows]
+
+        def draw(ax: Axes) -> None:
+            ax.plot(epochs, values, color=COLORS[0], marker="o", ms=6 if len(rows) < 8 else 0)
+            for text, height in marks.items():
+                ax.axhline(height, color=COLORS[8], ls=":", lw=1.5)
+                ax.annotate(
+                    text.replace("_", " "),
+                    (1, height),
+                    (0, 3),
+                    color=COLORS[8],
+                    ha="right",
+                    xycoords=("axes fraction", "data"),
+                    textcoords="offset points",
+                )
+            ax.set(xlabel="epoch", ylabel=label)
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+            ax.margins(y=0.12)
+            low, high = ax.get_ylim()
+            if name in MONITORS:  # from zero, which is where a collapse leads
+                ax.set_ylim(min(low, 0), max(1.08 * high, 0.1))
+
+        return _figure(draw, f"{label} by epoch: from {values[0]:.3g} to {values[-1]:.3g}", 2.8)
+
+    curves = [(line("loss", "loss"), "The loss, averaged over each epoch.")]
+    if any("knn_accuracy" in row for row in history):
+        marks = {}
+        if results and "knn" in results:
+            marks = {"untrained_network": 100 * results["knn"]["random"]}
+        what = (
+            "Unseen images classified correctly by their nearest training images. "
+            "This looks at labels, training does not."
+        )
+        curves.append((line("knn_accuracy", "kNN accuracy (%)", 100, **marks), what))
+    monitors = []
+    for name, (label, caption) in MONITORS.items():
+        marks = {"full_width": float(config.projection_dim)} if name == "effective_rank" else {}
+        monitors.append((line(name, label, **marks), caption))
+    last = history[-1]
+    std, rank = last["embedding_std"], last["effective_rank"]
+    verdict = (
+        ("It did not:" if std > 0.3 and rank > 3 else "It looks as if it did:")
+        + f" at the end the standard deviation is {std:.2f} and the effective rank {rank:.0f} of "
+        f"{config.projection_dim}."
+    )
+    return {"curves": curves, "monitors": monitors, "verdict": verdict}
+
+
+def _few_labels(results: dict[str, Any]) -> dict[str, Any]:
+    """The label-efficiency plot and its table."""
+    rows = results["few_labels"]
+    counts = [row["labels"] for row in rows]
+
+    def draw(ax: Axes) -> None:
+        for i, (arm, (name, color, marker)) in enumerate(ARMS.items()):
+            means = [100 * row[arm]["mean"] for row in rows]
+            stds = [100 * row[arm]["std"] for row in rows]
+            shifted = [count * 1.03 ** (i - 1.5) for count in counts]  # so that the bars stay apart
+            ax.errorbar(
+                shifted,
+                means,
+                stds,
+                label=name,
+                color=color,
+                marker=marker,
+                ms=5,
+                capsize=3,
+                elinewidth=1.2,
+            )
+        ax.set(xscale="log", xlabel="labelled images", ylabel="accuracy on unseen images (%)")
+        ax.set_xticks(counts, [str(count) for count in counts])
+        ax.minorticks_off()
+        ax.legend(frameon=False, loc="lower right", fontsize=10)
+
+    told = "; ".join(
+        f"{row['labels']} labels: " + ", ".join(f"{ARMS[a][0]} {_percent(row[a])}" for a in ARMS)
+        for row in rows
+    )
+    return {
+        "figure": _figure(draw, f"Accuracy by number of labels. {told}", 3.6),
+        "arms": [name for name, _, _ in ARMS.values()],
+        "rows": [[row["labels"], *(_percent(row[a])[:-1] for a in ARMS)] for row in rows],
+        "draws": results["draws"],
+        "recipe": results["recipe"],
+        "test_images": f"{results['test_images']:,}",
+    }
+
+
+def _image(image: Tensor, caption: str = "", alt: str = "", css: str = "") -> Markup:
+    """An image uint8 [C, H, W] as an inline PNG with a caption."""
+    array = image.permute(1, 2, 0).squeeze(-1).numpy()
+    picture = Image.fromarray(array)
+    if max(picture.size) > 2 * networks.SMALL:
+        picture.thumbnail((2 * networks.SMALL, 2 * networks.SMALL))
+    content = io.BytesIO()
+    picture.save(content, "png", optimize=True)
+    source = base64.b64encode(content.getvalue()).decode()
+    return Markup(
+        '<figure class="{}"><img src="data:image/png;base64,{}" alt="{}"><span>{}</span></figure>'
+    ).format(css, source, alt or caption, caption)
+
+
+def _halves(strips: Sequence[Markup]) -> list[Sequence[Markup]]:
+    middle = (len(strips) + 1) // 2
+    return [strips[:middle], strips[middle:]]
+
+
+def _view_strips(images: Data, config: Config, count: int = 8, views: int = 5) -> list[Markup]:
+    """A strip for each of some training images: the image and random views of it."""
+    transform = augment.default(config.dataset, images.size)
+    dataset = augment.Views(images.pretrain, transform, views, config.seed)
+    generator = torch.Generator().manual_seed(config.seed)
+    strips = []
+    for index in torch.randperm(len(images.pretrain), generator=generator)[:count].tolist():
+        original = _image(images.pretrain[index][0], alt="a training image", css="first")
+        shown = [_image(view, alt="a random view of it") for view in dataset[0, index]]
+        strips.append(Markup().join([original, *shown]))
+    return strips
+
+
+def _embedding(run: Path, images: Data, config: Config) -> dict[str, Any]:
+    """The map and the nearest neighbours, of unseen images where there is a test split."""
+    device = evaluate.device_for(config)
+    backbone = networks.load_backbone(run, device)
+    gallery, queries = images.train, images.test
+    if gallery is None:
+        gallery = queries = Files(images.pretrain.paths, images.pretrain.labels, images.size)
+
+    def some(dataset: Any, most: int) -> Any:
+        generator = torch.Generator().manual_seed(config.seed)
+        return Subset(dataset, torch.randperm(len(dataset), generator=generator)[:most].tolist())
+
+    gallery, queries = some(gallery, GALLERY), some(queries, QUERIES)
+    gallery_x, gallery_y = evaluate.extract(backbone, gallery, data=images, device=device)
+    x, y = evaluate.extract(backbone, queries, data=images, device=device)
+    return _map(x, y, queries, images) | _neighbours(
+        F.normalize(x) @ F.normalize(gallery_x).T, y, gallery_y, queries, gallery, images
+    )
+
+
+def _map(x: Tensor, y: Tensor, queries: Any, images: Data) -> dict[str, Any]:
+    """Two maps of the same points: coloured by class, and with the images themselves."""
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
+    if len(x) < 10:
+        return {}
+    x = F.normalize(x)
+    perplexity = min(30, len(x) / 4)
+    place = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(x.numpy())
+    explained = PCA().fit(x.numpy()).explained_variance_ratio_
+    directions = int(np.searchsorted(explained.cumsum(), 0.9)) + 1
+    known = len(images.classes) > 0
+
+    def dots(ax: Axes) -> None:
+        for label in range(max(1, len(images.classes))):
+            of_class = place[(y == label).numpy()] if known else place
+            ax.scatter(
+                of_class[:, 0],
+                of_class[:, 1],
+                s=14,
+                color=COLORS[label % len(COLORS)],
+                lw=0,
+                alpha=0.8,
+            )
+            if 0 < len(images.classes) <= 20 and len(of_class):
+                x_middle, y_middle = np.median(of_class, axis=0)
+                ax.text(
+                    x_middle,
+                    y_middle,
+                    images.classes[label],
+                    ha="center",
+                    va="center",
+                    weight="bold",
+                    bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5},
+                )
+        ax.set_axis_off()
+
+    def pictures(ax: Axes) -> None:
+        side = np.ptp(place, axis=0).max() / 26
+        taken: list[Any] = []
+        for i, at in enumerate(place):
+            if all(np.abs(at - other).max() > side for other in taken):
+                taken.append(at)
+                picture = queries[i][0].permute(1, 2, 0).squeeze(-1).numpy()
+                box = (at[0] - side / 2, at[0] + side / 2, at[1] - side / 2, at[1] + side / 2)
+                ax.imshow(picture, extent=box, cmap="gray_r", aspect="auto")
+        low, high = place.min(axis=0) - side, place.max(axis=0) + side
+        ax.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
+        ax.set_axis_off()
+
+    colored = (
+        " Colours and names are the true classes, which pretraining never saw." if known else ""
+    )
+    text = (
+        f"Each dot is one of {len(x):,} {'unseen ' if known else ''}images, placed by t-SNE so "
+        f"that images with similar features lie together.{colored} Some of the same images are "
+        f"shown at their places beside it. Of all the variation of the {x.shape[1]} features, "
+        f"{directions} directions hold 90%."
+    )
+    alt = f"Map of {len(x)} images by their features"
+    figures = [
+        _figure(dots, f"{alt}, coloured by class", 4.4),
+        _figure(pictures, f"{alt}, shown as pictures", 4.4),
+    ]
+    return {"map": {"text": text, "figures": figures}}
+
+
+def _neighbours(
+    similarity: Tensor, y: Tensor, gallery_y: Tensor, queries: Any, gallery: Any, images: Data
+) -> dict[str, Any]:
+    """A strip for each of some images: the image and the training images most similar to it."""
+    known = len(images.classes) > 0
+    best = similarity.topk(min(7, len(gallery)))
+    if known:
+        wrong = gallery_y[best.indices[:, 0]] != y
+        first = [int((y == label).nonzero()[0]) for label in sorted(set(y.tolist()))[:8]]
+        shown = first + [i for i in wrong.nonzero().flatten().tolist() if i not in first][:2]
+        text = (
+            "An unseen image and the training images most similar to it, with their true classes; "
+            "other classes than the image's are marked. The last ones are chosen among its "
+            f"mistakes: the nearest neighbour of {int(wrong.sum())} of {len(y):,} unseen images is "
+            "of another class."
+        )
+    else:
+        shown = list(range(min(8, len(queries))))
+        text = "An image and the images most similar to it."
+
+    def name(label: int) -> str:
+        return images.classes[label] if known else ""
+
+    strips = []
+    for i in shown:
+        found = best.indices[i].tolist()
+        if not known:  # every image is its own nearest neighbour
+            found = found[1:]
+        cells: Iterable[Markup] = [
+            _image(
+                gallery[j][0], name(int(gallery_y[j])), "", "wrong" if gallery_y[j] != y[i] else ""
+            )
+            for j in found
+        ]
+        strips.append(Markup().join([_image(queries[i][0], name(int(y[i])), css="first"), *cells]))
+    return {"neighbours": {"text": text, "halves": _halves(strips)}}

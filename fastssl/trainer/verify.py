@@ -1,0 +1,248 @@
+"""The proof that the fused losses train as the plain ones do, step by step from the same seeds.
+
+The network runs in float64 and only the loss in the precision under test, so that what differs
+comes from the loss. Its ReLUs are replaced by SiLUs: at the kink of a ReLU a rounding error becomes
+a jump, at whatever step it happens. The truth is the reference loss in float64. The yardstick is
+the reference loss in the precision under test, given the rows in reverse order: the same
+mathematics, rounded differently. A fused loss may stray from the truth at most ``ALLOWANCE`` times
+as far as the yardstick has strayed by that step. Both start at rounding error and both are
+amplified by the same training, so the ratio stays near 1 for a right loss, whatever the step; a
+loss that is wrong by one part in a thousand is off by a factor of thousands in float32. The
+optimiser is SGD with momentum because its weights, unlike Adam's, follow the gradient's scale.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from fastssl import reference
+from fastssl.trainer import augment, data, networks
+from fastssl.trainer.config import Config
+from fastssl.trainer.methods import METHODS
+
+ALLOWANCE = 16.0
+# The plain form of each method's loss, called with what the method gives its own.
+REFERENCES: dict[str, Callable[[Config], Callable[..., Tensor]]] = {
+    "simclr": lambda config: lambda z0, z1: reference.nt_xent(z0, z1, config.temperature),
+}
+
+
+@dataclass
+class Comparison:
+    """One fused loss against the truth, step by step.
+
+    Attributes:
+        name: Backend and precision.
+        loss: |loss - true loss| / |true loss| at each step.
+        weights: Largest |weight - true weight| after each step, over the largest |true weight|.
+        loss_bound: What ``loss`` may be at each step.
+        weights_bound: What ``weights`` may be.
+    """
+
+    name: str
+    loss: list[float]
+    weights: list[float]
+    loss_bound: list[float]
+    weights_bound: list[float]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every step is within its bound; a difference that is not a number is not."""
+        found, bounds = self.loss + self.weights, self.loss_bound + self.weights_bound
+        return all(difference <= bound for difference, bound in zip(found, bounds, strict=True))
+
+
+class _LossIn(nn.Module):
+    """A loss evaluated in one precision."""
+
+    def __init__(
+        self, loss: Callable[..., Tensor], dtype: torch.dtype, reverse: bool = False
+    ) -> None:
+        super().__init__()
+        self.loss, self.dtype, self.reverse = loss, dtype, reverse
+
+    def forward(self, *embeddings: Tensor) -> Tensor:
+        rows = (z.flip(0) if self.reverse else z for z in embeddings)
+        return self.loss(*(z.to(self.dtype) for z in rows))
+
+
+def verify(
+    method: str = "simclr",
+    *,
+    steps: int = 40,
+    batch_size: int | None = None,
+    out: Path | None = None,
+) -> bool:
+    """Train a small network on digits with the reference loss and each fused one, and compare.
+
+    The torch backend runs everywhere, in float64 and float32; the Triton backend in float32 on a
+    GPU, or in Triton's interpreter if TRITON_INTERPRET=1 is set.
+
+    Args:
+        method: A name in ``METHODS``.
+        steps: Steps of the optimiser.
+        batch_size: Images per step; 100 if None, or 12 in the interpreter, which is slow.
+        out: Folder for the plot ``verify-METHOD.png``; no plot if None.
+
+    Returns:
+        Whether every backend stayed within its tolerance. A table that says so is printed.
+
+    Raises:
+        ValueError: The method is unknown, or steps or batch_size is out of range.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    batch_size = (12 if interpreted else 100) if batch_size is None else batch_size
+    digits = data.load("digits")
+    if not 2 <= batch_size <= len(digits.pretrain):
+        raise ValueError(f"batch_size must be 2 to {len(digits.pretrain)}, got {batch_size}")
+    device = torch.device("cuda" if torch.cuda.is_available() and not interpreted else "cpu")
+    backends = [("torch", torch.float64), ("torch", torch.float32)]
+    if interpreted or device.type == "cuda":
+        backends.append(("triton", torch.float32))
+    steps_of_views = _views(digits, METHODS[method].views, steps, batch_size, device)
+
+    def train(backend: str, dtype: torch.dtype) -> tuple[list[float], list[Tensor]]:
+        config = Config(
+            method=method,
+            backend="auto" if "reference" in backend else backend,
+            projection_hidden=64,
+        ).resolved()
+        torch.manual_seed(config.seed)
+        model = METHODS[method](
+            networks.build_backbone("cnn", digits.channels, digits.size), config
+        )
+        loss = REFERENCES[method](config) if "reference" in backend else model.loss
+        model.loss = _LossIn(loss, dtype, reverse=backend == "reversed reference")
+        for parent in list(model.modules()):
+            for name, child in parent.named_children():
+                if isinstance(child, nn.ReLU):
+                    setattr(parent, name, nn.SiLU())
+        model.to(device, torch.float64).train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        losses, weights = [], []
+        for views in steps_of_views:
+            value, _ = model(views)
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+            losses.append(value.item())
+            weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]).cpu())
+        return losses, weights
+
+    true_losses, true_weights = train("reference", torch.float64)
+
+    def differences(backend: str, dtype: torch.dtype) -> tuple[list[float], list[float]]:
+        losses, weights = train(backend, dtype)
+        return (
+            [abs(a - b) / abs(b) for a, b in zip(losses, true_losses, strict=True)],
+            [
+                ((a - b).abs().max() / b.abs().max()).item()
+                for a, b in zip(weights, true_weights, strict=True)
+            ],
+        )
+
+    yardsticks = {
+        dtype: [_bound(found, dtype) for found in differences("reversed reference", dtype)]
+        for dtype in {dtype for _, dtype in backends}
+    }
+    comparisons = [
+        Comparison(f"{backend}, {str(dtype)[6:]}", *differences(backend, dtype), *yardsticks[dtype])
+        for backend, dtype in backends
+    ]
+    _print(method, comparisons, steps, batch_size, device)
+    if out is not None:
+        _plot(method, comparisons, Path(out))
+    return all(comparison.passed for comparison in comparisons)
+
+
+def _views(
+    digits: data.Data, count: int, steps: int, batch_size: int, device: torch.device
+) -> list[list[Tensor]]:
+    """The normalised views of every step, made once so that every loss sees the same."""
+    dataset = augment.Views(
+        digits.pretrain, augment.default(digits.name, digits.size), count, seed=0
+    )
+    batches = augment.Batches(len(digits.pretrain), batch_size, seed=0, start=0, stop=steps)
+    return [
+        [
+            digits.normalize(torch.stack(view)).to(device, torch.float64)
+            for view in zip(*(dataset[key] for key in batch), strict=True)
+        ]
+        for batch in batches
+    ]
+
+
+def _bound(yardstick: list[float], dtype: torch.dtype) -> list[float]:
+    """What a difference may be at each step: so many times the yardstick, or rounding, so far."""
+    largest, bounds = torch.finfo(dtype).eps, []
+    for difference in yardstick:
+        largest = max(largest, difference)
+        bounds.append(ALLOWANCE * largest)
+    return bounds
+
+
+def _print(
+    method: str, comparisons: list[Comparison], steps: int, batch_size: int, device: torch.device
+) -> None:
+    table = Table(
+        title=f"{method}: largest difference from the float64 reference in {steps} steps of "
+        f"{batch_size} images on {device}"
+    )
+    for column in ("fused loss", "loss", "allowed", "weights", "allowed", ""):
+        table.add_column(column)
+    for c in comparisons:
+        table.add_row(
+            c.name,
+            *(f"{max(x):.1e}" for x in (c.loss, c.loss_bound, c.weights, c.weights_bound)),
+            "[green]pass[/]" if c.passed else "[bold red]FAIL[/]",
+        )
+    console = Console()
+    console.print(table)
+    for c in comparisons:
+        pairs = ((c.loss, c.loss_bound, "loss"), (c.weights, c.weights_bound, "weights"))
+        for found, bound, what in pairs:
+            step = next((i for i in range(steps) if not found[i] <= bound[i]), None)
+            if step is not None:
+                console.print(
+                    f"{c.name}: {what} off by {found[step]:.1e} at step {step + 1}, "
+                    f"{bound[step]:.1e} is allowed"
+                )
+
+
+def _plot(method: str, comparisons: list[Comparison], out: Path) -> None:
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    from fastssl.trainer.report import COLORS
+
+    out.mkdir(parents=True, exist_ok=True)
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for i, c in enumerate(comparisons):
+        steps = range(1, len(c.loss) + 1)
+        pairs = ((c.loss, c.loss_bound), (c.weights, c.weights_bound))
+        for ax, (found, bound) in zip(axes, pairs, strict=True):
+            shown = [max(x, 1e-17) for x in found]  # a logarithmic axis has no place for "the same"
+            ax.plot(steps, shown, color=COLORS[i], marker="os^"[i], ms=4, label=c.name)
+            ax.plot(steps, bound, color=COLORS[i], ls=":", label=f"{c.name}: allowed")
+    for ax, what in zip(axes, ("loss", "weights"), strict=True):
+        ax.set(title=f"{method}: difference of {what}", xlabel="step", ylabel="relative difference")
+        ax.set_yscale("log")
+        ax.grid(color="#e4e7eb")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False
+    )
+    path = out / f"verify-{method}.png"
+    figure.savefig(path, dpi=120)
+    print(f"plot: {path}")

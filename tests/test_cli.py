@@ -1,0 +1,170 @@
+"""The fastssl command: what it prints, and how it ends."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torchvision")
+from PIL import Image
+
+from fastssl import cli
+from fastssl.trainer import evaluate, loop, verify
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Two classes of 30 small images, and short few-label training."""
+    for label, colour in (("blue", (20, 40, 230)), ("red", (230, 40, 20))):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for i in range(30):
+            noise = np.random.default_rng(i).integers(-20, 20, (16, 16, 3))
+            image = (np.array(colour) + noise).clip(0, 255).astype(np.uint8)
+            Image.fromarray(image).save(tmp_path / "images" / label / f"{i}.png")
+    monkeypatch.setattr(evaluate, "DRAWS", 2)
+    monkeypatch.setitem(evaluate.FEW_LABELS, "steps", 3)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+OPTIONS = [
+    *("--dataset", "folder", "--data-dir", "images", "--image-size", "16"),
+    *("--backbone", "cnn", "--batch-size", "12", "--workers", "0"),
+]
+
+
+def test_pretrain_goes_from_images_to_a_report_and_does_nothing_twice(folder, capsys):
+    arguments = ["pretrain", *OPTIONS, "--epochs", "2", "--out", "run", "--resume"]
+    assert cli.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "epoch 2/2" in printed
+    assert "linear probe" in printed
+    assert "trained on 20 labels" in printed
+    assert "report: run/report.html" in printed
+    assert (folder / "run" / "report.html").stat().st_size > 1000
+
+    written = {path: path.stat().st_mtime_ns for path in (folder / "run").rglob("*")}
+    assert cli.main(["pretrain", "--resume", "--out", "run"]) == 0
+    printed = capsys.readouterr().out
+    assert "is complete" in printed
+    assert "linear probe" in printed
+    assert written == {path: path.stat().st_mtime_ns for path in (folder / "run").rglob("*")}
+
+    (folder / "run" / "evaluation.json").unlink()
+    assert cli.main(["evaluate", "run"]) == 0
+    assert cli.main(["report", "run"]) == 0
+    assert (folder / "run" / "evaluation.json").exists()
+
+
+def test_an_interrupted_command_says_how_to_go_on_and_that_works(folder, capsys, monkeypatch):
+    take = loop.Trainer._train_step
+
+    def interrupt(trainer, views):
+        os.kill(os.getpid(), signal.SIGINT)
+        return take(trainer, views)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Trainer, "_train_step", interrupt)
+        assert cli.main(["pretrain", *OPTIONS, "--epochs", "1", "--out", "run"]) == 130
+    hint = capsys.readouterr().out.splitlines()[-1]
+    assert hint.strip() == "fastssl pretrain --resume --out run"
+    assert cli.main(hint.split()[1:]) == 0
+    assert "continuing run at step 1 of 4" in capsys.readouterr().out
+
+
+def test_the_command_line_overrides_the_file(folder, capsys):
+    (folder / "options.yaml").write_text("epochs: 0\nout: elsewhere\n")
+    arguments = ["pretrain", "--config", "options.yaml", *OPTIONS]
+    assert cli.main(arguments) == 2
+    assert "epochs must be at least 1" in capsys.readouterr().err
+    assert cli.main([*arguments, "--epochs", "1", "--lr", "-1"]) == 2
+    assert "lr must be at least 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("pretrain --method simclr3", "method cannot be 'simclr3'; did you mean 'simclr'?"),
+        ("pretrain --dataset digit", "did you mean 'digits'?"),
+        ("pretrain --epochs ten", "argument --epochs: invalid int value: 'ten'"),
+        ("pretrain --epoch 3", "unrecognized arguments: --epoch 3"),
+        ("pretrain --temperature 0", "temperature must be a finite number above 0, got 0.0"),
+        ("pretrain --config nothing.yaml", "config file nothing.yaml cannot be read"),
+        ("pretrain --config words.yaml", "config file words.yaml must hold lines such as"),
+        ("pretrain --config typo.yaml", "unknown option 'epohcs'; did you mean 'epochs'?"),
+        ("pretrain --dataset folder --data-dir empty", "data_dir: no images in empty"),
+        ("pretrain --out words.yaml/run", "out must be a folder that can be written"),
+        ("evaluate nothing", "nothing"),
+        ("report nothing", "nothing"),
+        ("verify --method simclr3", "simclr3"),
+        ("evaluate", "arguments are required: RUN"),
+        ("pretrane", "invalid choice: 'pretrane'"),
+        ("", "arguments are required: COMMAND"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "words.yaml").write_text("just words")
+    (tmp_path / "typo.yaml").write_text("epohcs: 3")
+    try:
+        status = cli.main(arguments.split())
+    except SystemExit as exit:
+        status = exit.code
+    error = capsys.readouterr().err
+    assert status == 2
+    assert error.startswith("fastssl")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_an_error_in_a_worker_is_one_line_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    for name in "ab":
+        (tmp_path / "images" / f"{name}.png").write_bytes(b"not an image")
+    arguments = "pretrain --dataset folder --data-dir images --batch-size 2 --epochs 1 --workers 1"
+    assert cli.main(arguments.split()) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("fastssl: error: images/")
+    assert "cannot be read as an image" in error
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["pretrain"], ["evaluate"], ["report"], ["verify"], ["info"]]
+)
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main([*command, "--help"])
+    assert exit.value.code == 0
+    assert "usage: fastssl" in capsys.readouterr().out
+
+
+def test_info_names_versions_devices_and_the_backend(capsys):
+    assert cli.main(["info"]) == 0
+    printed = capsys.readouterr().out
+    for word in ("fastssl", "torch", "python", "cores", "backend 'auto'", "cpu"):
+        assert word in printed
+
+
+def test_verify_ends_with_its_verdict(monkeypatch, tmp_path):
+    for verdict, status in ((True, 0), (False, 1)):
+        monkeypatch.setattr(verify, "verify", lambda *a, verdict=verdict, **k: verdict)
+        assert cli.main(["verify", "--out", str(tmp_path)]) == status
+
+
+def test_a_missing_extra_is_named(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "fastssl.trainer.config")
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    assert cli.main(["pretrain"]) == 2
+    error = capsys.readouterr().err
+    assert "yaml is not installed; pip install 'fastssl-losses[train]'" in error
+
+
+def test_the_module_runs_as_a_command():
+    command = [sys.executable, "-m", "fastssl.cli", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "usage: fastssl" in done.stdout

@@ -1,0 +1,279 @@
+"""The data sets as they lie on disk, the views made of them, and the order they are seen in."""
+
+import hashlib
+import pickle
+import struct
+import urllib.request
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+pytest.importorskip("torchvision")
+from PIL import Image
+from torchvision import datasets
+
+from fastssl.trainer import augment, data
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise URLError("no network")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+
+
+def random_images(count, *shape):
+    return np.random.default_rng(count).integers(0, 256, (count, *shape), dtype=np.uint8)
+
+
+def write_idx(path, array):
+    header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
+    path.write_bytes(header + array.tobytes())
+
+
+def write_pngs(folder, count, size=(12, 10), start=0):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(start, start + count):
+        image = np.full((*size, 3), i * 5 % 256, dtype=np.uint8)
+        Image.fromarray(image).save(folder / f"{i:03}.png")
+
+
+def test_digits_are_split_once_and_for_all():
+    digits = data.load("digits")
+    assert (len(digits.train), len(digits.test)) == (1437, 360)
+    assert digits.pretrain is digits.train
+    assert digits.test.labels.bincount().min() >= 34  # stratified: 360 / 10, and 8s are rare
+    image, label = digits.train[0]
+    assert image.dtype == torch.uint8
+    assert image.shape == (digits.channels, digits.size, digits.size)
+    assert isinstance(label, int)
+    again = data.load("digits")
+    assert torch.equal(digits.train.images, again.train.images)
+    seen = {image.numpy().tobytes() for image in digits.train.images}
+    assert not any(image.numpy().tobytes() in seen for image in digits.test.images)
+
+
+def test_digits_are_normalised_to_mean_0_and_deviation_1():
+    digits = data.load("digits")
+    x = digits.normalize(digits.train.images)
+    assert x.dtype == torch.float32
+    assert abs(x.mean()) < 1e-3
+    assert abs(x.std() - 1) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"), [("mnist", "MNIST/raw"), ("fashion-mnist", "FashionMNIST/raw")]
+)
+def test_idx_files_are_read(tmp_path, offline, name, folder):
+    raw = tmp_path / folder
+    raw.mkdir(parents=True)
+    images, labels = random_images(7, 28, 28), np.arange(7, dtype=np.uint8)
+    for split, count in (("train", 7), ("t10k", 3)):
+        write_idx(raw / f"{split}-images-idx3-ubyte", images[:count])
+        write_idx(raw / f"{split}-labels-idx1-ubyte", labels[:count])
+    found = data.load(name, tmp_path)
+    assert torch.equal(found.train.images, torch.from_numpy(images)[:, None])
+    assert found.train.labels.tolist() == list(range(7))
+    assert len(found.test) == 3
+    assert (found.channels, found.size, len(found.classes)) == (1, 28, 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "folder", "key", "files"),
+    [
+        (
+            "cifar10",
+            datasets.CIFAR10,
+            "cifar-10-batches-py",
+            "labels",
+            (("data_batch_1", "data_batch_2"), "test_batch", "batches.meta"),
+        ),
+        (
+            "cifar100",
+            datasets.CIFAR100,
+            "cifar-100-python",
+            "fine_labels",
+            (("train",), "test", "meta"),
+        ),
+    ],
+)
+def test_cifar_batches_are_read(tmp_path, monkeypatch, offline, name, kind, folder, key, files):
+    root = tmp_path / folder
+    root.mkdir()
+    (train_files, test_file, meta_file), checksums = files, {}
+
+    def write(file, content):
+        content = pickle.dumps(content)
+        (root / file).write_bytes(content)
+        checksums[file] = hashlib.md5(content).hexdigest()
+
+    images = random_images(4, 3, 32, 32)
+    for file in (*train_files, test_file):
+        write(file, {"data": images.reshape(4, -1), key: [3, 1, 0, 2]})
+    write(meta_file, {key.replace("labels", "label") + "_names": ["a", "b", "c", "d"]})
+    # torchvision's own check of the files runs, against the checksums of these files.
+    monkeypatch.setattr(kind, "train_list", [[file, checksums[file]] for file in train_files])
+    monkeypatch.setattr(kind, "test_list", [[test_file, checksums[test_file]]])
+    monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": checksums[meta_file]})
+
+    found = data.load(name, tmp_path)
+    expected = torch.from_numpy(images)
+    assert torch.equal(found.train.images, torch.cat([expected] * len(train_files)))
+    assert torch.equal(found.test.images, expected)
+    assert found.test.labels.tolist() == [3, 1, 0, 2]
+    assert found.classes == ("a", "b", "c", "d")
+
+    (root / test_file).write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=f"{name}.*{folder}.*no network"):
+        data.load(name, tmp_path)
+
+
+def test_stl10_adds_its_unlabelled_images_to_pretraining(tmp_path, monkeypatch, offline):
+    root = tmp_path / "stl10_binary"
+    root.mkdir()
+    upright = random_images(6, 3, 96, 96)
+    stored = upright.transpose(0, 1, 3, 2)  # its files run down the columns
+    files = {
+        "train_X.bin": stored[:2].tobytes(),
+        "train_y.bin": bytes([1, 10]),  # its labels count from 1
+        "unlabeled_X.bin": stored[2:5].tobytes(),
+        "test_X.bin": stored[5:].tobytes(),
+        "test_y.bin": bytes([4]),
+        "class_names.txt": b"\n".join(b"class%d" % i for i in range(10)),
+    }
+    for name, content in files.items():
+        (root / name).write_bytes(content)
+    for attribute in ("train_list", "test_list"):
+        checksums = [
+            [name, hashlib.md5(files[name]).hexdigest()]
+            for name, _ in getattr(datasets.STL10, attribute)
+        ]
+        monkeypatch.setattr(datasets.STL10, attribute, checksums)
+    found = data.load("stl10", tmp_path)
+    assert torch.equal(found.pretrain.images, torch.from_numpy(upright[:5]))
+    assert torch.equal(found.train.images, torch.from_numpy(upright[:2]))
+    assert found.train.labels.tolist() == [0, 9]
+    assert found.test[0][1] == 3
+
+
+def test_classes_of_an_image_folder_are_its_subfolders(tmp_path):
+    write_pngs(tmp_path / "cat", 10)
+    write_pngs(tmp_path / "dog", 5, start=10)
+    found = data.load("folder", tmp_path, image_size=8)
+    assert found.classes == ("cat", "dog")
+    assert (len(found.train), len(found.test)) == (12, 3)
+    assert not set(found.train.paths) & set(found.test.paths)
+    assert found.test[2][1] == 1
+    assert found.test[0][0].shape == (3, 8, 8)
+    assert found.pretrain[0][0].shape == (3, 12, 10)  # augmentation crops from the whole image
+
+
+def test_an_image_folder_may_bring_its_own_split(tmp_path):
+    for split, count in (("train", 3), ("val", 2)):
+        for label in ("a", "b"):
+            write_pngs(tmp_path / split / label, count)
+    found = data.load("folder", tmp_path, image_size=8)
+    assert (len(found.train), len(found.test), found.classes) == (6, 4, ("a", "b"))
+    write_pngs(tmp_path / "val" / "c", 1)
+    with pytest.raises(ValueError, match=r"same classes.*'a', 'b'.*'a', 'b', 'c'"):
+        data.load("folder", tmp_path)
+
+
+def test_a_flat_image_folder_has_no_labels(tmp_path):
+    write_pngs(tmp_path, 3)
+    found = data.load("folder", tmp_path)
+    assert len(found.pretrain) == 3
+    assert found.pretrain[1][1] == -1
+    assert found.train is None
+    assert found.test is None
+    assert found.size == 224
+
+
+def test_an_unreadable_image_is_named(tmp_path):
+    write_pngs(tmp_path, 1)
+    (tmp_path / "broken.jpg").write_bytes(b"not an image")
+    with pytest.raises(ValueError, match=r"broken\.jpg cannot be read as an image"):
+        data.load("folder", tmp_path).pretrain[1]
+
+
+def test_an_image_folder_without_images_is_an_error(tmp_path):
+    (tmp_path / "notes.txt").write_text("none here")
+    with pytest.raises(ValueError, match=rf"data_dir: no images in {tmp_path}.*\.jpg"):
+        data.load("folder", tmp_path)
+    with pytest.raises(ValueError, match=r"found no .*nowhere"):
+        data.load("folder", tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["mnist", "cifar10", "stl10"])
+def test_a_missing_data_set_says_where_its_files_go(tmp_path, offline, name):
+    with pytest.raises(ValueError, match=rf"{name}.* is not in {tmp_path}.*put the files of http"):
+        data.load(name, tmp_path)
+
+
+def test_an_unknown_data_set_is_an_error():
+    with pytest.raises(ValueError, match=r"digits, mnist.*got 'imagenet'"):
+        data.load("imagenet")
+
+
+@pytest.mark.parametrize("name", data.STATISTICS)
+def test_default_views_have_the_size_of_the_network(name):
+    channels = len(data.STATISTICS[name][0])
+    size = {"digits": 16, "mnist": 28, "fashion-mnist": 28, "stl10": 96}.get(name, 32)
+    shape = (channels, 40, 50) if name == "folder" else (channels, size, size)
+    image = torch.randint(0, 256, shape, dtype=torch.uint8)
+    transform = augment.default(name, size)
+    views = [transform(image) for _ in range(6)]
+    assert all(view.dtype == torch.uint8 for view in views)
+    assert all(view.shape == (channels, size, size) for view in views)
+    assert len({view.numpy().tobytes() for view in views}) == 6
+
+
+def views_of_digits(seed=0):
+    return augment.Views(data.load("digits").train, augment.default("digits", 16), 2, seed)
+
+
+def test_views_follow_from_seed_epoch_and_index_alone():
+    views = views_of_digits()
+    first = views[3, 5]
+    torch.rand(1)
+    again = views[3, 5]
+    assert all(map(torch.equal, first, again))
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first[0], views[4, 5][0])
+    assert not torch.equal(first[0], views_of_digits(seed=1)[3, 5][0])
+
+
+def test_making_views_leaves_the_random_state_alone():
+    before = torch.get_rng_state()
+    views_of_digits()[0, 0]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_views_do_not_depend_on_the_number_of_workers():
+    batches = augment.Batches(images=20, batch_size=4, seed=0, start=3, stop=7)
+    alone, together = (
+        list(DataLoader(views_of_digits(), batch_sampler=batches, num_workers=workers))
+        for workers in (0, 2)
+    )
+    assert len(alone) == 4
+    for a, b in zip(alone, together, strict=True):
+        assert torch.equal(torch.stack(a), torch.stack(b))
+
+
+def test_each_epoch_is_another_order_of_the_images():
+    batches = list(augment.Batches(images=10, batch_size=3, seed=0, start=0, stop=6))
+    for epoch in (0, 1):
+        keys = [key for batch in batches[3 * epoch : 3 * epoch + 3] for key in batch]
+        assert {key[0] for key in keys} == {epoch}
+        assert len({key[1] for key in keys}) == 9
+    assert [i for _, i in batches[0]] != [i for _, i in batches[3]]
+
+
+def test_order_does_not_depend_on_where_it_starts():
+    whole = list(augment.Batches(images=10, batch_size=3, seed=0, start=0, stop=9))
+    for start in range(9):
+        assert list(augment.Batches(10, 3, 0, start, 9)) == whole[start:]

@@ -1,0 +1,231 @@
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastssl.trainer import data, evaluate, networks, report
+from fastssl.trainer.config import Config
+from fastssl.trainer.data import Files
+
+
+class Page(HTMLParser):
+    """What a page asks for, shows, and leaves open."""
+
+    VOID = ("meta", "img", "br", "link", "path", "use", "rect", "image")
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+        self.images: list[dict[str, str | None]] = []
+        self.figures: list[dict[str, str | None]] = []
+        self.words: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        named = dict(attributes)
+        if tag not in self.VOID:
+            self.open.append(tag)
+        for name in ("src", "href", "xlink:href", "data", "action"):
+            if name in named:
+                self.addresses.append(named[name] or "")
+        if tag == "img":
+            self.images.append(named)
+        if tag == "svg":
+            self.figures.append(named)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, text: str) -> None:
+        self.words.append(text)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+HISTORY = """epoch,loss,lr,seconds,knn_accuracy,embedding_std,effective_rank,alignment,uniformity
+1,5.1234,0.001,1.4,0.8123,0.91,55.5,0.5,-2.5
+2,4.5678,0.0005,1.3,,0.95,61.2,0.4,-2.75
+3,4.4321,0.0001,1.2,0.9345,0.97,66.6,0.3,-3.0
+"""
+
+
+def arm(mean: float) -> dict[str, object]:
+    return {"mean": mean, "std": 0.0123, "accuracies": [mean - 0.0123, mean + 0.0123]}
+
+
+RESULTS = {
+    "train_images": 1437,
+    "test_images": 360,
+    "classes": 10,
+    "draws": 5,
+    "recipe": evaluate.FEW_LABELS,
+    "knn": {"pretrained": 0.9712, "random": 0.8817},
+    "linear": {"pretrained": 0.9856, "random": 0.9434},
+    "few_labels": [
+        {
+            "labels": labels,
+            "fine_tuned": arm(0.9111 + shift),
+            "from_scratch": arm(0.8222 + shift),
+            "pretrained_frozen": arm(0.9 + shift),
+            "random_frozen": arm(0.7333 + shift),
+        }
+        for labels, shift in ((20, 0.0), (50, 0.01), (100, 0.03))
+    ],
+}
+
+
+def make_run(folder: Path, *files: str) -> Path:
+    folder.mkdir()
+    Config(epochs=3, out=str(folder)).resolved().save(folder / "config.yaml")
+    if "history" in files:
+        (folder / "metrics.csv").write_text(HISTORY)
+    if "backbone" in files:
+        torch.manual_seed(0)
+        networks.export_backbone(
+            folder / "backbone.safetensors",
+            networks.build_backbone("cnn", 1, 16),
+            architecture="cnn",
+            channels=1,
+            size=16,
+            mean=(0.3,),
+            std=(0.3,),
+        )
+    if "results" in files:
+        evaluate._write(folder, RESULTS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("report") / "run"
+    path = report.write_report(make_run(folder, "history", "backbone", "results"))
+    assert path == folder / "report.html"
+    return folder, path.read_text()
+
+
+def test_the_report_asks_for_nothing_from_elsewhere(whole: tuple[Path, str]) -> None:
+    _, html = whole
+    assert "http" not in html
+    assert "<script" not in html
+    assert "@import" not in html
+    assert all(address.startswith(("data:", "#")) for address in Page(html).addresses)
+    assert all(target.startswith("#") for target in re.findall(r"url\((.*?)\)", html))
+
+
+def test_the_report_is_whole_html_and_every_picture_has_words(whole: tuple[Path, str]) -> None:
+    page = Page(whole[1])
+    assert page.open == []
+    assert len(page.figures) == 9  # few labels, loss, accuracy, four monitors, two maps
+    assert all(figure["role"] == "img" and figure["aria-label"] for figure in page.figures)
+    assert len(page.images) > 100
+    assert all(image["alt"] for image in page.images)
+
+
+def test_the_report_holds_the_numbers_of_the_run(whole: tuple[Path, str]) -> None:
+    folder, html = whole
+    text = Page(html).text
+    for number in (
+        "97.1%",
+        "88.2%",
+        "98.6%",
+        "92.1%",
+        "94.1%",
+        "92.1 ± 1.2",
+        "83.2 ± 1.2",
+        "74.3 ± 1.2",
+    ):
+        assert number in text, number
+    assert "standard deviation is 0.97 and the effective rank 67 of" in text
+    assert "loss by epoch: from 5.12 to 4.43" in html
+    assert f"load_backbone({str(folder)!r})" in text
+    assert "[B, 1, 16, 16] -> [B, 128]" in text
+
+
+def test_the_summary_tells_what_was_measured(whole: tuple[Path, str]) -> None:
+    told = report.summary(whole[0])
+    assert told == (
+        "Without a single label, 3 epochs taught the network features by which nearest neighbours "
+        "classify 97.1% of 360 unseen images, against 88.2% with the same network untrained. "
+        "Fine-tuned, it reaches on 50 labels 92.1 ± 1.2% "
+        "(from scratch 83.2 ± 1.2%) and on 100 labels 94.1 ± 1.2% (from scratch 85.2 ± 1.2%)."
+    )
+    assert told in Page(whole[1]).text
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ((), "has not finished its first epoch"),
+        (("history",), "There is no pretrained backbone in this folder yet"),
+        (("history",), "from 5.123 to 4.432"),
+        (("history",), "The backbone has not been evaluated"),
+    ],
+)
+def test_a_part_of_a_run_has_a_report(tmp_path: Path, files: tuple[str, ...], says: str) -> None:
+    page = Page(report.write_report(make_run(tmp_path / "run", *files)).read_text())
+    assert says in page.text
+    assert page.open == []
+
+
+def test_a_collapse_is_told(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "history")
+    (run / "metrics.csv").write_text(HISTORY.replace("0.97,66.6", "0.02,1.3"))
+    assert "It looks as if it did: at the end" in Page(report.write_report(run).read_text()).text
+
+
+def test_names_are_escaped(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "<b>run", "history")
+    html = report.write_report(run).read_text()
+    assert "<b>run" not in html
+    assert "&lt;b&gt;run" in html
+
+
+def test_images_without_labels_have_a_map_and_neighbours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import numpy as np
+    from PIL import Image
+
+    paths = []
+    for i in range(12):
+        paths.append(str(tmp_path / f"{i}.png"))
+        size = (20 + i, 18, 3)  # no two alike
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, size, np.uint8)).save(paths[-1])
+    unlabelled = data.Data(
+        "folder", Files(paths, [-1] * 12, None), None, None, (), 3, 16, (0.5,) * 3, (0.5,) * 3
+    )
+    run = make_run(tmp_path / "run", "history")
+    networks.export_backbone(
+        run / "backbone.safetensors",
+        networks.build_backbone("cnn", 3, 16),
+        architecture="cnn",
+        channels=3,
+        size=16,
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+    )
+    Config(dataset="folder", backbone="cnn", epochs=3).resolved().save(run / "config.yaml")
+    evaluate._write(run, {"skipped": "data set 'folder' has no labels"})
+    monkeypatch.setattr(data, "load", lambda *_: unlabelled)
+    text = Page(report.write_report(run).read_text()).text
+    assert "has not been evaluated: data set 'folder' has no labels" in text
+    assert "An image and the images most similar to it." in text
+
+
+def test_errors_name_the_path(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"found no .*nowhere/config\.yaml"):
+        report.write_report(tmp_path / "nowhere")
+    run = make_run(tmp_path / "run", "history")
+    (run / "metrics.csv").write_text("epoch,loss\n1,many\n")
+    with pytest.raises(ValueError, match=r"run/metrics\.csv is damaged"):
+        report.write_report(run)
+    (run / "evaluation.json").write_text("{")
+    (run / "metrics.csv").write_text(HISTORY)
+    with pytest.raises(ValueError, match=r"run/evaluation\.json is damaged"):
+        report.write_report(run)

@@ -1,0 +1,452 @@
+"""Pretraining runs: what they leave behind, how they stop, and how they go on."""
+
+import csv
+import json
+import math
+import os
+import signal
+import struct
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+pytest.importorskip("torchvision")
+import torchvision
+from PIL import Image
+
+from fastssl.trainer import Config, checkpoint, load_backbone, loop, networks, optim, pretrain
+from fastssl.trainer.config import read_options
+
+TIMES = ("seconds", "images_per_second")
+
+
+@pytest.fixture(scope="session")
+def mnist(tmp_path_factory):
+    """A data folder with 32 + 16 images in MNIST's format: bars whose place is their class."""
+    folder = tmp_path_factory.mktemp("data")
+    raw = folder / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 32), ("t10k", 16)):
+        labels = np.arange(count, dtype=np.uint8) % 4
+        images = rng.integers(0, 60, (count, 28, 28), dtype=np.uint8)
+        for image, label in zip(images, labels, strict=True):
+            image[:, 6 * label + 2 : 6 * label + 6] = 250
+        header = struct.pack(">HBB3I", 0, 8, 3, count, 28, 28)
+        (raw / f"{split}-images-idx3-ubyte").write_bytes(header + images.tobytes())
+        header = struct.pack(">HBBI", 0, 8, 1, count)
+        (raw / f"{split}-labels-idx1-ubyte").write_bytes(header + labels.tobytes())
+    return folder
+
+
+@pytest.fixture
+def tiny(mnist, tmp_path):
+    """Options of a run of 3 epochs of 4 steps."""
+
+    def options(**changes):
+        small = {
+            "dataset": "mnist",
+            "data_dir": str(mnist),
+            "epochs": 3,
+            "batch_size": 8,
+            "workers": 0,
+            "knn_every": 2,
+            "device": "cpu",
+            "out": str(tmp_path / "run"),
+        }
+        return {**small, **changes}
+
+    return options
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """Do something when a run is about to take a step."""
+
+    def arrange(step, action):
+        take = loop.Trainer._train_step
+
+        def step_and_act(trainer, views):
+            if trainer.step == step:
+                action(trainer)
+            return take(trainer, views)
+
+        monkeypatch.setattr(loop.Trainer, "_train_step", step_and_act)
+
+    return arrange
+
+
+def weights(run):
+    return checkpoint.load(run.path / "checkpoint.pt")["method"]
+
+
+def assert_same_result(run, other):
+    for (name, a), (_, b) in zip(weights(run).items(), weights(other).items(), strict=True):
+        assert torch.equal(a, b), name
+    for row, of_other in zip(run.history, other.history, strict=True):
+        assert {k: v for k, v in row.items() if k not in TIMES} == {
+            k: v for k, v in of_other.items() if k not in TIMES
+        }
+
+
+def test_a_run_leaves_everything_behind(tiny):
+    run = pretrain(Config(**tiny()))
+    assert run.complete
+    for name in ("backbone.safetensors", "checkpoint.pt", "checkpoint.previous.pt", "tensorboard"):
+        assert (run.path / name).exists(), name
+    assert json.loads((run.path / "environment.json").read_text())["torch"] == torch.__version__
+    assert Config.from_dict(read_options(run.path / "config.yaml")) == Config(**tiny()).resolved()
+    with (run.path / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    for row in rows:
+        measured = {k: float(v) for k, v in row.items() if k != "knn_accuracy"}
+        assert all(map(math.isfinite, measured.values()))
+        assert measured.keys() >= {"loss", "lr", "embedding_std", "effective_rank", *TIMES}
+    assert [bool(row["knn_accuracy"]) for row in rows] == [False, True, True]  # 2 and the last
+
+
+def test_training_learns(tiny):
+    run = pretrain(Config(**tiny(epochs=12, lr=2e-3)))
+    first, last = run.history[0], run.history[-1]
+    assert last["loss"] < first["loss"] - 0.2
+    assert last["alignment"] < first["alignment"]
+    assert last["knn_accuracy"] == 1.0
+
+
+def test_the_same_seed_gives_the_same_weights_whatever_the_workers(tiny, tmp_path):
+    alone = pretrain(Config(**tiny(epochs=1)))
+    # One thread for the network in both, since the last bits depend on it.
+    config = Config(**tiny(epochs=1, workers=2, out=str(tmp_path / "other")))
+    threads = torch.get_num_threads()
+    trainer = loop.Trainer(config)
+    trainer.threads = checkpoint.load(alone.path / "checkpoint.pt")["threads"]
+    try:
+        assert_same_result(alone, trainer.run())
+    finally:
+        torch.set_num_threads(threads)
+    other_seed = pretrain(Config(**tiny(epochs=1, seed=1, out=str(tmp_path / "seed"))))
+    assert other_seed.history[0]["loss"] != alone.history[0]["loss"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("step", [0, 5])
+def test_an_interrupted_run_resumes_bit_for_bit(tiny, tmp_path, at_step, capsys, number, step):
+    whole = pretrain(Config(**tiny(out=str(tmp_path / "whole"))))
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.MonkeyPatch.context() as patch:
+        take = loop.Trainer._train_step
+
+        def interrupt(trainer, views):
+            if trainer.step == step:
+                os.kill(os.getpid(), number)
+            return take(trainer, views)
+
+        patch.setattr(loop.Trainer, "_train_step", interrupt)
+        stopped = pretrain(Config(**tiny()))
+    assert not stopped.complete
+    assert f"stopped after step {step + 1} of 12" in capsys.readouterr().out
+    assert checkpoint.load(stopped.path / "checkpoint.pt")["step"] == step + 1
+    assert handlers == [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    resumed = pretrain(Config(**tiny()), resume=True)
+    assert resumed.complete
+    assert_same_result(whole, resumed)
+
+
+def test_a_killed_run_resumes_bit_for_bit_from_its_last_checkpoint(tiny, tmp_path):
+    script = """
+import os, signal, sys
+from fastssl.trainer import Config, loop
+from fastssl.trainer.config import read_options
+take = loop.Trainer._train_step
+def kill(trainer, views):
+    if trainer.step == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return take(trainer, views)
+loop.Trainer._train_step = kill
+loop.pretrain(Config(**read_options(sys.argv[1])))
+"""
+    Config(**tiny()).save(tmp_path / "options.yaml")
+    command = [sys.executable, "-c", script, str(tmp_path / "options.yaml")]
+    killed = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert checkpoint.load(tmp_path / "run" / "checkpoint.pt")["step"] == 4
+    resumed = pretrain(Config(**tiny()), resume=True)
+    assert_same_result(resumed, pretrain(Config(**tiny(out=str(tmp_path / "whole")))))
+
+
+def test_resuming_a_complete_run_does_nothing(tiny, capsys):
+    run = pretrain(Config(**tiny(epochs=1)))
+    times = {path: path.stat().st_mtime_ns for path in run.path.rglob("*")}
+    again = pretrain(Config(**tiny(epochs=1)), resume=True)
+    assert "is complete (1 epochs)" in capsys.readouterr().out
+    assert again.complete
+    assert again.history == run.history
+    assert times == {path: path.stat().st_mtime_ns for path in run.path.rglob("*")}
+
+
+def test_a_run_is_not_overwritten(tiny):
+    pretrain(Config(**tiny(epochs=1)))
+    with pytest.raises(ValueError, match=r"out: .*run holds a run already.*--resume"):
+        pretrain(Config(**tiny(epochs=1)))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("epochs", 4), ("temperature", 0.1), ("seed", 7), ("backbone", "resnet18")]
+)
+def test_a_run_does_not_resume_with_another_option(tiny, name, value):
+    pretrain(Config(**tiny(epochs=1)))
+    with pytest.raises(ValueError, match=rf"{name} is {value!r}, but the run .* was started with"):
+        pretrain(Config(**tiny(**{"epochs": 1, name: value})), resume=True)
+
+
+def test_a_damaged_checkpoint_stops_a_resume_and_the_one_before_works(tiny, tmp_path):
+    run = pretrain(Config(**tiny()))
+    path = run.path / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"truncated.*rename .*checkpoint\.previous\.pt"):
+        pretrain(Config(**tiny()), resume=True)
+    (run.path / "checkpoint.previous.pt").rename(path)
+    resumed = pretrain(Config(**tiny()), resume=True)
+    assert resumed.history[:2] == run.history[:2]
+    assert_same_result(run, resumed)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_good_state_is_saved(tiny, at_step):
+    good = {}
+
+    def poison(trainer):
+        good.update({k: v.clone() for k, v in trainer.method.state_dict().items()})
+        trainer.data.mean = (float("nan"),)
+
+    at_step(5, poison)
+    with pytest.raises(
+        FloatingPointError, match=r"loss is not finite at step 6 \(epoch 2\).*step 5"
+    ):
+        pretrain(Config(**tiny()))
+    saved = checkpoint.load(loop.Path(tiny()["out"]) / "checkpoint.pt")
+    assert saved["step"] == 5
+    for name, value in saved["method"].items():
+        assert torch.equal(value, good[name]), name
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tiny, at_step):
+    def poison(trainer):
+        trainer.backbone[0].weight.register_hook(lambda gradient: gradient * float("inf"))
+
+    at_step(2, poison)
+    with pytest.raises(FloatingPointError, match="gradient is not finite at step 3"):
+        pretrain(Config(**tiny()))
+    saved = checkpoint.load(loop.Path(tiny()["out"]) / "checkpoint.pt")
+    assert all(value.isfinite().all() for value in saved["method"].values())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lars"])
+def test_every_optimiser_trains(tiny, optimizer):
+    run = pretrain(Config(**tiny(epochs=2, optimizer=optimizer, knn_every=0)))
+    assert run.complete
+    assert all(math.isfinite(row["loss"]) for row in run.history)
+    torch.manual_seed(0)
+    start = networks.build_backbone("cnn", 1, 28)[0].weight
+    assert not torch.equal(load_backbone(run.path)[0].weight, start)
+
+
+def test_training_off_the_main_thread_works(tiny):
+    runs = []
+    thread = threading.Thread(target=lambda: runs.append(pretrain(Config(**tiny(epochs=1)))))
+    thread.start()
+    thread.join()
+    assert runs[0].complete
+
+
+@pytest.fixture
+def unlabelled(tmp_path):
+    """Options of a run of one epoch of two steps on six tiny images in a folder."""
+    for i in range(6):
+        image = np.random.default_rng(i).integers(0, 255, (20, 24, 3), dtype=np.uint8)
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+    options = {"dataset": "folder", "data_dir": str(tmp_path), "image_size": 8, "device": "cpu"}
+    small = {"backbone": "cnn", "epochs": 1, "batch_size": 3, "workers": 0}
+    return {**options, **small, "out": str(tmp_path / "run")}
+
+
+def test_a_folder_without_labels_trains_without_knn(unlabelled):
+    run = pretrain(Config(**unlabelled))
+    assert run.history[0]["knn_accuracy"] is None
+    assert load_backbone(run.path).about["size"] == 8
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_autocast_trains_float32_weights_near_those_of_float32(unlabelled, tmp_path, precision):
+    options = {**unlabelled, "optimizer": "sgd", "lr": 1e-3}
+    exact = pretrain(Config(**options))
+    run = pretrain(Config(**{**options, "precision": precision, "out": str(tmp_path / precision)}))
+    assert run.history[0]["loss"] != exact.history[0]["loss"]
+    assert run.history[0]["loss"] == pytest.approx(exact.history[0]["loss"], rel=0.05)
+    for name, value in load_backbone(run.path).state_dict().items():
+        assert value.dtype in (torch.float32, torch.int64), name
+
+
+def test_a_gradient_that_overflows_float16_lowers_the_scale_and_training_goes_on(unlabelled):
+    config = Config(**{**unlabelled, "precision": "float16", "optimizer": "sgd"})
+    trainer = loop.Trainer(config)
+    trainer.backbone[0].weight.register_hook(lambda g: g * (1e38 if trainer.step == 0 else 1))
+    before = trainer.backbone[0].weight.clone()
+    scale = trainer.scaler.get_scale()
+    run = trainer.run()
+    assert run.complete
+    assert trainer.scaler.get_scale() == scale / 2
+    assert not torch.equal(trainer.backbone[0].weight, before)
+
+
+def test_schedule_rises_and_falls():
+    factors = [optim.schedule(step, 100, 10) for step in range(100)]
+    assert factors[0] == 0.1
+    assert factors[9] == factors[10] == 1.0
+    assert factors[:10] == sorted(factors[:10])
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+    assert factors[55] == pytest.approx(0.5)
+    assert 0 < factors[-1] < 1e-3
+    assert optim.schedule(0, 1, 0) == 1.0
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lars"])
+def test_only_matrices_decay(optimizer):
+    module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    built = optim.build(module, Config(optimizer=optimizer, lr=0.1, weight_decay=0.5).resolved())
+    decayed = [p for group in built.param_groups if group["weight_decay"] for p in group["params"]]
+    assert [id(p) for p in decayed] == [id(module[0].weight)]
+    assert sum(len(group["params"]) for group in built.param_groups) == 4
+    # A zero gradient moves matrices alone.
+    before = [p.clone() for p in module.parameters()]
+    for parameter in module.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    built.step()
+    moved = [not torch.equal(a, b) for a, b in zip(module.parameters(), before, strict=True)]
+    assert moved == [True, False, False, False]
+
+
+@pytest.mark.parametrize("name", [name for name in networks.BACKBONES if name != "cnn"])
+def test_resnets_keep_torchvisions_names_and_shapes(name):
+    original = getattr(torchvision.models, name)().state_dict()
+    ours = networks.build_backbone(name, 3, 224).state_dict()
+    assert {k: v.shape for k, v in ours.items()} == {
+        k: v.shape for k, v in original.items() if not k.startswith("fc.")
+    }
+
+
+def test_resnets_keep_the_resolution_of_small_images():
+    for size, side in ((32, 4), (224, 7)):
+        backbone = networks.build_backbone("resnet18", 3, size).eval()
+        seen = []
+        backbone.avgpool.register_forward_hook(lambda *a, seen=seen: seen.append(a[1][0].shape))
+        features = backbone(torch.rand(1, 3, size, size))
+        assert features.shape == (1, backbone.out_features)
+        assert seen[0][-1] == side
+
+
+@pytest.mark.parametrize(("name", "channels", "size"), [("cnn", 1, 16), ("resnet18", 1, 96)])
+def test_an_exported_backbone_computes_the_same(tmp_path, name, channels, size):
+    backbone = networks.build_backbone(name, channels, size)
+    images = torch.rand(4, channels, size, size)
+    backbone(images)  # moves the running statistics
+    path = tmp_path / "backbone.safetensors"
+    about = {"architecture": name, "channels": channels, "size": size}
+    networks.export_backbone(path, backbone, **about, mean=(0.5,), std=(0.25,))
+    loaded = load_backbone(tmp_path)
+    assert not loaded.training
+    assert loaded.about == {**about, "mean": [0.5], "std": [0.25]}
+    with torch.no_grad():
+        assert torch.equal(loaded(images), backbone.eval()(images))
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(ValueError, match="truncated or not a safetensors file"):
+        load_backbone(path)
+    with pytest.raises(ValueError, match=r"found no .*nowhere"):
+        load_backbone(tmp_path / "nowhere")
+
+
+def test_options_survive_a_file(tmp_path):
+    config = Config(dataset="cifar10", lr=0.3, optimizer="lars")
+    config.save(tmp_path / "options.yaml")
+    assert Config.from_dict(read_options(tmp_path / "options.yaml")) == config
+
+
+def test_every_data_set_has_a_complete_recipe():
+    for name in ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "stl10", "folder"):
+        config = Config(dataset=name).resolved()
+        missing = [k for k, v in vars(config).items() if v is None]
+        assert missing == ["image_size", "workers"]
+        assert config.resolved() == config
+
+
+def test_learning_rate_follows_the_batch_for_sgd_and_lars():
+    for optimizer in ("sgd", "lars"):
+        small, large = (
+            Config(optimizer=optimizer, batch_size=batch_size).resolved().lr
+            for batch_size in (256, 1024)
+        )
+        assert large == 4 * small
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path):
+    (tmp_path / "options.yaml").write_text("lr: 1e-3\n")
+    options = read_options(tmp_path / "options.yaml")
+    assert options == yaml.safe_load("lr: '1e-3'")  # what makes this test necessary
+    assert Config.from_dict(options).lr == 0.001
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "simcrl"}, r"method cannot be 'simcrl'; did you mean 'simclr'\?"),
+        ({"dataset": "cifar"}, r"dataset cannot be 'cifar'; did you mean 'cifar10'\? .*digits"),
+        ({"backbone": "vgg"}, r"backbone cannot be 'vgg'.*accepted: cnn, resnet18"),
+        ({"optimizer": "adam"}, r"optimizer cannot be 'adam'; did you mean 'adamw'"),
+        ({"precision": "fp8"}, r"precision cannot be 'fp8'.*bfloat16"),
+        ({"backend": "cuda"}, r"backend cannot be 'cuda'.*auto, triton, torch"),
+        ({"epochs": 0}, "epochs must be at least 1 and finite, got 0"),
+        ({"epochs": 2.5}, "epochs must be a whole number, got 2.5"),
+        ({"epochs": True}, "epochs must be a whole number, got True"),
+        ({"batch_size": 1}, "batch_size must be at least 2 and finite, got 1"),
+        ({"temperature": 0}, "temperature must be a finite number above 0, got 0"),
+        ({"temperature": math.nan}, "temperature must be a finite number above 0, got nan"),
+        ({"temperature": "warm"}, "temperature must be a number, got 'warm'"),
+        ({"lr": math.inf}, "lr must be at least 0 and finite, got inf"),
+        ({"weight_decay": -1}, "weight_decay must be at least 0 and finite, got -1"),
+        ({"out": 3}, "out must be a string, got 3"),
+        ({"image_size": 32}, "image_size is for dataset 'folder' only, got 32"),
+        ({"epochs": 5, "warmup_epochs": 5}, r"warmup_epochs must be less than epochs \(5\), got 5"),
+        ({"epoch": 5}, r"unknown option 'epoch'; did you mean 'epochs'\?"),
+    ],
+)
+def test_a_bad_option_says_what_is_accepted(options, message):
+    with pytest.raises(ValueError, match=message):
+        Config.from_dict(options)
+
+
+def test_a_device_this_machine_lacks_is_an_error(tiny):
+    for device in ("cuda:99", "abacus"):
+        with pytest.raises(ValueError, match=rf"device must be auto.*got '{device}'"):
+            pretrain(Config(**tiny(device=device)))
+
+
+def test_a_backend_that_cannot_run_here_is_an_error(tiny, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="backend: backend='triton' cannot run here"):
+        pretrain(Config(**tiny(backend="triton")))
+
+
+def test_an_unwritable_folder_is_an_error(tiny, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ValueError, match=r"out must be a folder that can be written, got .*file"):
+        pretrain(Config(**tiny(out=str(tmp_path / "file" / "run"))))
+
+
+def test_a_batch_larger_than_the_data_set_is_an_error(tiny):
+    with pytest.raises(ValueError, match=r"batch_size must be at most 32.* got 64"):
+        pretrain(Config(**tiny(batch_size=64)))

@@ -1,0 +1,89 @@
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastssl import NTXentLoss
+from fastssl.functional import nt_xent
+from fastssl.trainer import verify
+from fastssl.trainer.methods import METHODS
+
+SMALL = {"steps": 4, "batch_size": 16}
+forward = NTXentLoss.forward
+
+
+@pytest.fixture(autouse=True)
+def _without_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("COLUMNS", "120")
+
+
+def test_every_method_has_a_reference() -> None:
+    assert verify.REFERENCES.keys() == METHODS.keys()
+
+
+def test_the_fused_loss_passes_and_is_plotted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert verify.verify("simclr", **SMALL, out=tmp_path / "plots")
+    assert (tmp_path / "plots/verify-simclr.png").stat().st_size > 10_000
+    printed = capsys.readouterr().out
+    assert printed.count("│ pass") == 2 + torch.cuda.is_available()
+    assert "FAIL" not in printed
+
+
+class WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:
+        return grad * (1 + 1e-3)
+
+
+MUTATIONS = {
+    "value off by a thousandth": lambda self, a, b: forward(self, a, b) * (1 + 1e-3),
+    "gradient off by a thousandth": lambda self, a, b: WrongGradient.apply(forward(self, a, b)),
+    "half of the gradient missing": lambda self, a, b: forward(self, a, b.detach()),
+    "not a number": lambda self, a, b: forward(self, a, b) * float("nan"),
+    "another temperature": lambda self, a, b: nt_xent(a, b, 0.501),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_a_wrong_loss_fails(
+    mutation: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(NTXentLoss, "forward", MUTATIONS[mutation])
+    assert not verify.verify("simclr", **SMALL)
+    printed = capsys.readouterr().out
+    assert printed.count("│ FAIL") == 2 + torch.cuda.is_available()
+    assert "torch, float32:" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "simclear"}, "method must be one of simclr, got 'simclear'"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"batch_size": 1}, "batch_size must be 2 to 1437, got 1"),
+        ({"batch_size": 9999}, "batch_size must be 2 to 1437, got 9999"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        verify.verify(**arguments)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled for the GPU here")
+def test_the_triton_backend_joins_in_the_interpreter(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert verify.verify("simclr", steps=2)
+    printed = capsys.readouterr().out
+    assert "triton, float32" in printed
+    assert printed.count("│ pass") == 3
+    assert "2 steps of 12 images" in " ".join(printed.split())
