@@ -36,7 +36,7 @@ def similarity_lse(
     Returns:
         [M], of scale's type; -inf for a row that sees no column.
     """
-    lse, _, _ = _similarity_lse(q, k, scale, row_ids, col_ids, backend)
+    lse: Tensor = _similarity_lse(q, k, scale, row_ids, col_ids, backend)[0]
     return lse
 
 
@@ -61,7 +61,7 @@ def two_view_lse(
     Returns:
         [2N], of scale's type; -inf for a row without negatives.
     """
-    lse, _, _ = _two_view_lse(z0, z1, scale, ids, backend)
+    lse: Tensor = _two_view_lse(z0, z1, scale, ids, backend)[0]
     return lse
 
 
@@ -73,7 +73,7 @@ def _similarity_lse(
     row_ids: Tensor | None,
     col_ids: Tensor | None,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast(q.device.type, enabled=False):
         return launchers(backend, "similarity").similarity_lse_fwd(q, k, scale, row_ids, col_ids)
 
@@ -86,7 +86,8 @@ def _similarity_lse_bwd(
     scale: Tensor,
     row_ids: Tensor | None,
     col_ids: Tensor | None,
-    lse: Tensor,
+    top: Tensor,
+    total: Tensor,
     q_rnorm: Tensor,
     k_rnorm: Tensor,
     needs: list[bool],
@@ -94,7 +95,7 @@ def _similarity_lse_bwd(
 ) -> list[Tensor]:
     with torch.autocast(q.device.type, enabled=False):
         grads = launchers(backend, "similarity").similarity_lse_bwd(
-            dlse, q, k, scale, row_ids, col_ids, lse, q_rnorm, k_rnorm, needs
+            dlse, q, k, scale, row_ids, col_ids, top, total, q_rnorm, k_rnorm, needs
         )
     return [grad for grad in grads if grad is not None]
 
@@ -102,7 +103,7 @@ def _similarity_lse_bwd(
 @torch.library.custom_op("fastssl::two_view_lse", mutates_args=())
 def _two_view_lse(
     z0: Tensor, z1: Tensor, scale: Tensor, ids: Tensor | None, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast(z0.device.type, enabled=False):
         return launchers(backend, "similarity").two_view_lse_fwd(z0, z1, scale, ids)
 
@@ -114,15 +115,15 @@ def _two_view_lse_bwd(
     z1: Tensor,
     scale: Tensor,
     ids: Tensor | None,
-    lse: Tensor,
-    positive: Tensor,
+    top: Tensor,
+    total: Tensor,
     rnorm: Tensor,
     needs: list[bool],
     backend: str,
 ) -> list[Tensor]:
     with torch.autocast(z0.device.type, enabled=False):
         grads = launchers(backend, "similarity").two_view_lse_bwd(
-            dlse, z0, z1, scale, ids, lse, positive, rnorm, needs
+            dlse, z0, z1, scale, ids, top, total, rnorm, needs
         )
     return [grad for grad in grads if grad is not None]
 
@@ -130,16 +131,15 @@ def _two_view_lse_bwd(
 @_similarity_lse.register_fake
 def _similarity_lse_fake(
     q: Tensor, k: Tensor, scale: Tensor, row_ids: object, col_ids: object, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    return scale.new_empty(len(q)), scale.new_empty(len(q)), scale.new_empty(len(k))
+) -> tuple[Tensor, ...]:
+    return (*(scale.new_empty(len(q)) for _ in range(4)), scale.new_empty(len(k)))
 
 
 @_two_view_lse.register_fake
 def _two_view_lse_fake(
     z0: Tensor, z1: Tensor, scale: Tensor, ids: object, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows = 2 * len(z0)
-    return scale.new_empty(rows), scale.new_empty(len(z0)), scale.new_empty(rows)
+) -> tuple[Tensor, ...]:
+    return tuple(scale.new_empty(2 * len(z0)) for _ in range(4))
 
 
 @_similarity_lse_bwd.register_fake
@@ -152,7 +152,7 @@ def _bwd_fake(dlse: Tensor, a: Tensor, b: Tensor, scale: Tensor, *rest: Any) -> 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.backend = inputs
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*tensors, *output)
+    ctx.save_for_backward(*tensors, *output[1:])
 
 
 def _gradient_of(backward: Any) -> Any:

@@ -12,10 +12,11 @@ and through the norm dq_i = (dq^_i - q^_i <q^_i, dq^_i>) / |q_i|. When q is k th
 symmetric: one tile stands for its mirror image too, with weights g_i p_ij + g_j p_ji, so that half
 of the tiles serve all rows.
 
-A score never exceeds s. Up to s = MAX_UNSHIFTED, exponentials, their sums and the weights g exp(-L)
-fit float32 as they stand: no maximum is looked for, and one exponential serves a row and a column.
-To read s is free on a CPU; on another device it would be a host synchronisation, so there every
-tile is shifted.
+Kept for the backward pass are a row's top and total, L = top + log(total): exp(x - top) / total
+has the digits that a rounded L would cost. A score never exceeds s. Up to s = MAX_UNSHIFTED the
+exponentials, their sums and the weights g / total fit float32 with a top of 0: no maximum is looked
+for, and one exponential serves a row and a column. To read s is free on a CPU; on another device it
+would be a host synchronisation, so there every tile is shifted.
 
 Beside rows and gradients two tiles are held. They stay in a core's second-level cache, as do the
 rows that they multiply. Half-precision rows are multiplied, and their gradients accumulated, in
@@ -52,11 +53,12 @@ class _Block(NamedTuple):
 
 def similarity_lse_fwd(
     q: Tensor, k: Tensor, scale: Tensor, row_ids: Tensor | None, col_ids: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return lse [M] and the inverse lengths of the rows of q [M] and of k [N]."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return lse, its top and total [M], and the inverse lengths of q's rows [M] and k's [N]."""
     q_rnorm, k_rnorm = _rnorm(q), _rnorm(k)
     rows, cols = _blocks([q], q_rnorm, row_ids), _blocks([k], k_rnorm, col_ids)
-    return _lse_fwd(rows, cols, scale, torch.zeros_like(q_rnorm)), q_rnorm, k_rnorm
+    top, total = _lse_fwd(rows, cols, scale)
+    return top + total.log(), top, total, q_rnorm, k_rnorm
 
 
 def similarity_lse_bwd(
@@ -66,31 +68,34 @@ def similarity_lse_bwd(
     scale: Tensor,
     row_ids: Tensor | None,
     col_ids: Tensor | None,
-    lse: Tensor,
+    top: Tensor,
+    total: Tensor,
     q_rnorm: Tensor,
     k_rnorm: Tensor,
     needs: Sequence[bool],
 ) -> Gradients:
     """Return the gradients of q, k and scale, each where ``needs`` asks for it."""
     need_q, need_k, need_scale = needs
-    dq = torch.zeros_like(q, dtype=lse.dtype) if need_q or need_scale else None
-    dk = torch.zeros_like(k, dtype=lse.dtype) if need_k else None
+    dq = torch.zeros_like(q, dtype=top.dtype) if need_q or need_scale else None
+    dk = torch.zeros_like(k, dtype=top.dtype) if need_k else None
     rows = _blocks([q], q_rnorm, row_ids, [dq])
     cols = _blocks([k], k_rnorm, col_ids, [dk])
-    _lse_bwd(rows, cols, scale, torch.zeros_like(lse), lse, dlse)
+    _lse_bwd(rows, cols, scale, top, total, dlse)
     dscale = _through_norm(rows, scale)
     _through_norm(cols, scale)
-    return _as_asked((dq, dk, dscale), (q, k, lse), needs)
+    return _as_asked((dq, dk, dscale), (q, k, top), needs)
 
 
 def two_view_lse_fwd(
     z0: Tensor, z1: Tensor, scale: Tensor, ids: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return lse less the row's positive [2N], the positives [N] and inverse lengths [2N]."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return lse less the row's positive, its top and total, and the inverse lengths, all [2N]."""
     rnorm = torch.cat([_rnorm(z0), _rnorm(z1)])
     blocks = _blocks([z0, z1], rnorm, _twice(ids))
+    top, total = _lse_fwd(blocks, None, scale)
     positive = scale * torch.cat([(a.unit() * b.unit()).sum(1) for a, b in _pairs(blocks)])
-    return _lse_fwd(blocks, None, scale, positive.repeat(2)), positive, rnorm
+    # Taken first, the difference of two large numbers is exact; the logarithm is small beside them.
+    return (top - positive.repeat(2)) + total.log(), top, total, rnorm
 
 
 def two_view_lse_bwd(
@@ -99,17 +104,17 @@ def two_view_lse_bwd(
     z1: Tensor,
     scale: Tensor,
     ids: Tensor | None,
-    lse: Tensor,
-    positive: Tensor,
+    top: Tensor,
+    total: Tensor,
     rnorm: Tensor,
     needs: Sequence[bool],
 ) -> Gradients:
     """Return the gradients of z0, z1 and scale, each where ``needs`` asks for it."""
     need_0, need_1, need_scale = needs
-    dz0 = torch.zeros_like(z0, dtype=lse.dtype) if need_0 or need_scale else None
-    dz1 = torch.zeros_like(z1, dtype=lse.dtype) if need_1 or need_scale else None
+    dz0 = torch.zeros_like(z0, dtype=top.dtype) if need_0 or need_scale else None
+    dz1 = torch.zeros_like(z1, dtype=top.dtype) if need_1 or need_scale else None
     blocks = _blocks([z0, z1], rnorm, _twice(ids), [dz0, dz1])
-    _lse_bwd(blocks, None, scale, positive.repeat(2), lse, dlse)
+    _lse_bwd(blocks, None, scale, top, total, dlse)
     for a, b in _pairs(blocks):
         weight = (dlse[a.rows] + dlse[b.rows])[:, None]
         if a.grad is not None:
@@ -117,58 +122,54 @@ def two_view_lse_bwd(
         if b.grad is not None:
             b.grad.addcmul_(a.unit(), weight, value=-1)
     dscale = _through_norm(blocks, scale) / 2  # every pair was counted from both of its ends
-    return _as_asked((dz0, dz1, dscale), (z0, z1, lse), needs)
+    return _as_asked((dz0, dz1, dscale), (z0, z1, top), needs)
 
 
-def _lse_fwd(
-    rows: list[_Block], cols: list[_Block] | None, scale: Tensor, origin: Tensor
-) -> Tensor:
-    """Return log sum_j exp(x_ij - origin_i) [M]; cols=None: rows with rows, by half the tiles."""
-    lse = torch.full_like(origin, -torch.inf)
+def _lse_fwd(rows: list[_Block], cols: list[_Block] | None, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Return top and total [M], L = top + log(total); cols=None: rows with rows, half the tiles."""
+    size = rows[-1].rows.stop
+    total = scale.new_zeros(size)
     if _unshifted(scale):
-        total = torch.zeros_like(origin)
         for row, col, scores in _tiles(rows, cols, scale):
             scores.exp_()
             total[row.rows] += scores.sum(1)
             if cols is None and col is not row:
                 total[col.rows] += scores.sum(0)
-        return total.log_() - origin
+        return torch.zeros_like(total), total
 
+    top = torch.full_like(total, -torch.inf)
     for row, col, scores in _tiles(rows, cols, scale):
-        _merge(lse[row.rows], scores, origin[row.rows])
+        _merge(top[row.rows], total[row.rows], scores)
         if cols is None and col is not row:
-            _merge(lse[col.rows], scores.T, origin[col.rows])
-    return lse
+            _merge(top[col.rows], total[col.rows], scores.T)
+    return top, total
 
 
-def _merge(lse: Tensor, scores: Tensor, origin: Tensor) -> None:
-    """Take a tile's scores [B, C] into lse [B], in place."""
-    largest = scores.amax(1)
-    finite = largest.masked_fill(largest == -torch.inf, 0)  # a row that sees nothing here
-    # Taken first, the difference of two large numbers is exact; the logarithm is small beside them.
-    tile = (finite - origin) + (scores - finite[:, None]).exp_().sum(1).log_()
-    torch.logaddexp(lse, tile, out=lse)
+def _merge(top: Tensor, total: Tensor, scores: Tensor) -> None:
+    """Take a tile's scores [B, C] into the rows' maxima and sums [B], in place."""
+    larger = torch.maximum(top, scores.amax(1))
+    shift = larger.masked_fill(larger == -torch.inf, 0)  # a row that has seen nothing yet
+    total.mul_(torch.exp(top - shift)).add_((scores - shift[:, None]).exp_().sum(1))
+    top.copy_(larger)
 
 
 def _lse_bwd(
     rows: list[_Block],
     cols: list[_Block] | None,
     scale: Tensor,
-    origin: Tensor,
-    lse: Tensor,
+    top: Tensor,
+    total: Tensor,
     dlse: Tensor,
 ) -> None:
     """Add sum_j W_ij k^_j to the rows' gradients and sum_i W_ij q^_i to the columns'."""
-    # A row that sees nothing has no share in any gradient; without the guard it would be 0 * inf.
-    empty = lse == -torch.inf
-    lse, dlse = lse.masked_fill(empty, 0), dlse.masked_fill(empty, 0)
+    # A row that sees nothing has no share in any gradient; without the guards it would be 0 * inf.
+    weight = dlse / total.masked_fill(total == 0, torch.inf)
+    top = top.masked_fill(top == -torch.inf, 0)
     unshifted = _unshifted(scale)
-    if unshifted:
-        weight = dlse * torch.exp(-(lse + origin))
-    buffer = torch.empty(TILE * TILE, dtype=lse.dtype, device=lse.device)
+    buffer = torch.empty(TILE * TILE, dtype=top.dtype, device=top.device)
     for row, col, scores in _tiles(rows, cols, scale, gradients=True):
-        other = buffer[: scores.numel()].view_as(scores)
         i, j = row.rows, col.rows
+        other = buffer[: scores.numel()].view_as(scores)
         if unshifted:
             scores.exp_()
             if cols is None:
@@ -177,8 +178,8 @@ def _lse_bwd(
                 scores *= weight[i, None]
         else:
             if cols is None:
-                torch.sub(scores, origin[j], out=other).sub_(lse[j]).exp_().mul_(dlse[j])
-            scores.sub_(origin[i, None]).sub_(lse[i, None]).exp_().mul_(dlse[i, None])
+                torch.sub(scores, top[j], out=other).exp_().mul_(weight[j])
+            scores.sub_(top[i, None]).exp_().mul_(weight[i, None])
             if cols is None:
                 scores += other
         if row.grad is not None:
@@ -198,13 +199,14 @@ def _tiles(
     memory is used again and again.
     """
     buffer = scale.new_empty(TILE * TILE)
+    root = scale.sqrt()  # on both sides: x_ij and x_ji have the same bits
     for i, row in enumerate(rows):
-        q = row.unit() * scale
+        q = row.unit() * root
         for j, col in enumerate(rows[i:] if cols is None else cols):
             if gradients and row.grad is None and col.grad is None:
                 continue
             scores = buffer[: len(row.x) * len(col.x)].view(len(row.x), len(col.x))
-            torch.mm(q, col.unit().T, out=scores)
+            torch.mm(q, (col.unit() * root).T, out=scores)
             if row.ids is not None and col.ids is not None:
                 scores.masked_fill_(row.ids[:, None] == col.ids, -torch.inf)
             elif cols is None and j in (0, len(rows) // 2):

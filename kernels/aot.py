@@ -1,0 +1,193 @@
+"""Compile every kernel ahead of time, on a machine with no GPU, and print what it needs of one.
+
+    python -m fastssl.kernels.aot                             # every kernel, width, type and target
+    python -m fastssl.kernels.aot --target sm_90 --dtype bfloat16                     # some of them
+
+The launchers themselves run, on meta tensors, with the device and the launch replaced, so that what
+is compiled here is what a GPU would be given. Exit status 1 when a kernel spills registers or wants
+more shared memory than its target has.
+"""
+
+import argparse
+import itertools
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+from fastssl.kernels import similarity
+
+
+class Target(NamedTuple):
+    """A GPU: what Triton compiles for, its multiprocessors, and a program's shared memory."""
+
+    gpu: GPUTarget
+    multiprocessors: int
+    shared: int
+
+
+TARGETS = {
+    "sm_80": Target(GPUTarget("cuda", 80, 32), 108, 163 * 1024),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), 132, 227 * 1024),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), 148, 227 * 1024),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 304, 64 * 1024),
+}
+DTYPES = {
+    "bfloat16": (torch.bfloat16, "ieee"),
+    "float16": (torch.float16, "ieee"),
+    "float32": (torch.float32, "ieee"),
+    "tf32": (torch.float32, "tf32"),
+}
+
+
+class Case(NamedTuple):
+    """Which launchers, and their arguments: a name of DTYPES, D, N, whether ids are given."""
+
+    dtype: str
+    features: int
+    rows: int
+    ids: bool
+    two_view: bool
+
+
+class Row(NamedTuple):
+    """A compiled kernel and what it needs."""
+
+    target: str
+    case: Case
+    kernel: str
+    options: str
+    registers: int
+    spilled: int
+    shared: int
+
+    @property
+    def fits(self):
+        """Whether it stays in registers and in the target's shared memory."""
+        return self.spilled == 0 and self.shared <= TARGETS[self.target].shared
+
+
+class _Offline:
+    """What Triton asks of a driver. The target doubles as the device: kernels are cached by it."""
+
+    def __init__(self, gpu):
+        self.gpu = gpu
+
+    def get_current_target(self):
+        return self.gpu
+
+    def get_current_device(self):
+        return self.gpu
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def _resources(compiled):
+    """Registers of a thread, and how many bytes of them (on AMD, how many) are spilled."""
+    if "amdgcn" in compiled.asm:
+        text = compiled.asm["amdgcn"]
+        counts = (re.search(rf"\.vgpr_{name}:\s*(\d+)", text) for name in ("count", "spill_count"))
+        return tuple(int(count[1]) for count in counts)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [tool, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", text).groups()
+    return int(registers), int(stack) + int(local)
+
+
+def compile_case(name, case):
+    """Compile what the launchers would launch for a case on the target of that name."""
+    target = TARGETS[name]
+    compiled = []
+
+    def launch(kernel, grid, **arguments):
+        binary = kernel.warmup(grid=grid, **arguments, enable_fp_fusion=True)
+        tile = "x".join(str(arguments[key]) for key in arguments if key.startswith("BLOCK"))
+        weights = [key[:3].lower() for key in ("ROW_WEIGHT", "COL_WEIGHT") if arguments.get(key)]
+        options = " ".join(
+            [tile, f"{arguments['num_warps']}w", f"{arguments.get('num_stages', '-')}s", *weights]
+        )
+        kernel_name = kernel.fn.__name__.strip("_").removesuffix("_kernel")
+        resources = _resources(binary)
+        compiled.append(Row(name, case, kernel_name, options, *resources, binary.metadata.shared))
+
+    dtype, precision = DTYPES[case.dtype]
+    with torch.device("meta"):
+        x = torch.empty(case.rows, case.features, dtype=dtype)
+        ids = torch.empty(case.rows, dtype=torch.int64) if case.ids else None
+        scale, row, both = torch.empty(()), torch.empty(case.rows), torch.empty(2 * case.rows)
+    needs = (True, True, True)
+    driver.set_active(_Offline(target.gpu))
+    torch.backends.cuda.matmul.fp32_precision = precision
+    arch = mock.Mock(return_value=(name, target.multiprocessors))
+    with (
+        mock.patch.object(similarity, "target", arch),
+        mock.patch.object(similarity, "_launch", launch),
+    ):
+        if case.two_view:
+            similarity.two_view_lse_fwd(x, x, scale, ids)
+            similarity.two_view_lse_bwd(both, x, x, scale, ids, both, both, both, needs)
+        else:
+            similarity.similarity_lse_fwd(x, x, scale, ids, ids)
+            similarity.similarity_lse_bwd(row, x, x, scale, ids, ids, row, row, row, row, needs)
+    return compiled
+
+
+def main():
+    """Print the table; see the module's docstring."""
+    name = "python -m fastssl.kernels.aot"
+    parser = argparse.ArgumentParser(prog=name, description=__doc__.split("\n")[0])
+    parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    widths, sizes = [16, 32, 64, 128, 256, 512], [256, 65536]
+    parser.add_argument("--features", nargs="+", type=int, metavar="D", default=widths)
+    parser.add_argument("--rows", nargs="+", type=int, metavar="N", default=sizes)
+    parser.add_argument("--ids", choices=("both", "with", "without"), default="both")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    chosen = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 replaces the compiler: unset it")
+
+    ids = {"both": [False, True], "with": [True], "without": [False]}[chosen.ids]
+    cases = itertools.product(chosen.dtype, chosen.features, chosen.rows, ids, [True, False])
+    jobs = list(itertools.product(chosen.target, (Case(*case) for case in cases)))
+    seen, misfits = set(), 0
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(chosen.jobs, mp_context=context) as pool:
+            for row in itertools.chain(*pool.map(compile_case, *zip(*jobs, strict=True))):
+                case = row.case
+                key = (row.target, case.dtype, case.features, case.ids, row.kernel, row.options)
+                if key in seen:
+                    continue
+                seen.add(key)
+                misfits += not row.fits
+                print(
+                    f"{row.target:6} {case.dtype:8} D={case.features:<4} "
+                    f"{'ids' if case.ids else '   '} {row.kernel:25} {row.options:28}",
+                    f"{row.registers:4} registers {row.spilled:4} spilled",
+                    f"{row.shared / 1024:6.1f} KiB shared{'' if row.fits else '  TOO MUCH'}",
+                    flush=True,
+                )
+    print(f"{len(seen)} kernels, {misfits} of them too large for their target")
+    sys.exit(misfits > 0)
+
+
+if __name__ == "__main__":
+    main()
