@@ -171,7 +171,8 @@ def main():
         os.environ["TRITON_CACHE_DIR"] = cache
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(chosen.jobs, mp_context=context) as pool:
-            for row in itertools.chain(*pool.map(compile_case, *zip(*jobs, strict=True))):
+            compiled = pool.map(compile_case, *zip(*jobs, strict=True))
+            for row in itertools.chain.from_iterable(compiled):
                 case = row.case
                 key = (row.target, case.dtype, case.features, case.ids, row.kernel, row.options)
                 if key in seen:

@@ -56,7 +56,8 @@ def launch_config(kernel, rows, columns, D, dtype, ids, arch, multiprocessors):
         (options, parts): keyword arguments of the kernel; the blocks per group ("two_view") or the
         number of column splits ("fwd", "bwd").
     """
-    half = dtype.itemsize == 2
+    # The interpreter has room for any tile, and a large one costs it no more than a small one.
+    half = dtype.itemsize == 2 or arch == "interpreter"
     # Four warps issue a product of 64 rows together, with an operand in shared memory.
     hopper = arch in ("sm_90", "sm_100", "sm_103")
     # 160 KiB of shared memory or more.
@@ -67,27 +68,27 @@ def launch_config(kernel, rows, columns, D, dtype, ids, arch, multiprocessors):
     light = half and block_d <= 128
     slots = (2 if light else 1) * multiprocessors
     options = {
-        "BLOCK_M": 64,
+        "BLOCK_M": 64 if half or hopper else 32,
         "BLOCK_N": 64,
         "BLOCK_D": block_d if whole else 32,
-        "num_warps": 4 if light and arch == "sm_90" else 8,
+        "num_warps": 4 if light and (arch == "sm_90" or arch.startswith("gfx")) else 8,
         "num_stages": 3 if light and roomy else 2,
     }
     if kernel == "two_view":
         N = rows // 2
-        if half and roomy and (light or arch == "sm_90") and N >= 2048:
+        if half and roomy and (block_d != 256 or arch == "sm_90") and N >= 2048:
             options["BLOCK_N"] = 128
-        if not half and not hopper:
-            options["BLOCK_M"] = 32
-        if ids and block_d == 128:
+        if ids and block_d == 128 and arch == "sm_90":
             options["num_warps"] = 8
         return options, _blocks_per_group(2 * triton.cdiv(N, options["BLOCK_N"]), slots)
 
-    if kernel == "fwd" and half and rows >= 128 * multiprocessors:
+    if kernel == "fwd" and half and hopper and rows >= 128 * multiprocessors:
         options |= {"BLOCK_M": 128, "num_warps": 8}
     programs = triton.cdiv(rows, options["BLOCK_M"])
     if kernel == "bwd":
-        options["BLOCK_N"] = 64 if half and not (ids and light and block_d == 128) else 32
+        # To compare ids, or to put float16 columns at unit length, takes registers too.
+        crowded = block_d >= 64 and (ids or dtype == torch.float16)
+        options["BLOCK_N"] = 64 if half and not crowded else 32
         options["BLOCK_OUT"] = block_d if whole else min(block_d, 128)
         programs *= triton.cdiv(D, options["BLOCK_OUT"])
     return options, _splits(programs, triton.cdiv(columns, options["BLOCK_N"]), slots)
@@ -627,12 +628,16 @@ def _similarity_lse_bwd_kernel(
             if unshifted:  # both tops are 0: one exponential
                 row_weight = x_weight[:, None] * y_rnorm[None, :]
                 weights = tl.exp2(logits) * (row_weight + y_weight[None, :])
-            elif first_walk:
-                row_weight = x_weight[:, None] * y_rnorm[None, :]
-                weights = tl.exp2(logits - x_top[:, None]) * row_weight
             else:
                 y_top = tl.load(top_ptr + col_at, mask=cols < N, other=0.0)
-                weights = tl.exp2(logits - y_top[None, :]) * y_weight[None, :]
+                row_top, col_top = (
+                    tl.where(first_walk, x_top, 0.0),
+                    tl.where(first_walk, 0.0, y_top),
+                )
+                row_weight = tl.where(first_walk, x_weight, 0.0)[:, None] * y_rnorm[None, :]
+                col_weight = tl.where(first_walk, 0.0, y_weight)
+                weights = tl.exp2(logits - (row_top[:, None] + col_top[None, :]))
+                weights *= row_weight + col_weight[None, :]
         elif ROW_WEIGHT:
             weights = tl.exp2(logits - x_top[:, None]) * y_rnorm[None, :]
         else:
@@ -781,6 +786,7 @@ def two_view_lse_fwd(z0, z1, scale, ids):
         lse, the maximum and sum it is made of, and rnorm = 1 / |z|, each [2N] float32.
     """
     (N, D), device = z0.shape, z0.device
+    ids = None if ids is None else ids.contiguous()
     arch, multiprocessors = target(device)
     options, per_group = launch_config(
         "two_view", 2 * N, 2 * N, D, z0.dtype, ids is not None, arch, multiprocessors
@@ -828,6 +834,7 @@ def similarity_lse_fwd(q, k, scale, row_ids, col_ids):
         lse, the maximum and sum it is made of, q_rnorm = 1 / |q|, each [M] float32; k_rnorm [N].
     """
     (M, D), N, device = q.shape, len(k), q.device
+    row_ids, col_ids = (None if ids is None else ids.contiguous() for ids in (row_ids, col_ids))
     arch, multiprocessors = target(device)
     options, splits = launch_config(
         "fwd", M, N, D, q.dtype, row_ids is not None, arch, multiprocessors
@@ -867,6 +874,7 @@ def _gradient(
 ):  # fmt: skip
     """Gradients of the views (0: x, 1: y) and, with dscale, the scale's."""
     (M, D), N, device = x.shape, len(y), x.device
+    ids = [None if each is None else each.contiguous() for each in ids]
     two_view = row_weight and col_weight
     arch, multiprocessors = target(device)
     rows, columns = len(views) * M, 2 * N if two_view else N

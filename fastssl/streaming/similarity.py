@@ -33,6 +33,7 @@ from torch import Tensor
 TILE = 512
 MAX_UNSHIFTED = 40.0
 NORM_EPS = 1e-12
+SAFE_SQUARES = 1e-15, 1e15  # lengths between which float32 squares can be summed as they stand
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -42,13 +43,13 @@ class _Block(NamedTuple):
 
     rows: slice  # their place among all rows
     x: Tensor  # [B, D], as given
-    rnorm: Tensor  # [B, 1], inverse lengths
+    factor: Tensor  # [B, 1], sqrt(s) over their lengths
     ids: Tensor | None  # [B]
-    grad: Tensor | None  # [B, D], accumulates the gradient of the unit rows over s
+    grad: Tensor | None  # [B, D], accumulates the gradient of the scaled rows
 
-    def unit(self) -> Tensor:
-        """The rows at unit length, in the accumulation type."""
-        return self.x * self.rnorm
+    def scaled(self) -> Tensor:
+        """The rows at length sqrt(s): their products are scores, the same bits from either side."""
+        return self.x * self.factor
 
 
 def similarity_lse_fwd(
@@ -56,7 +57,7 @@ def similarity_lse_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return lse, its top and total [M], and the inverse lengths of q's rows [M] and k's [N]."""
     q_rnorm, k_rnorm = _rnorm(q), _rnorm(k)
-    rows, cols = _blocks([q], q_rnorm, row_ids), _blocks([k], k_rnorm, col_ids)
+    rows, cols = _blocks([q], q_rnorm, scale, row_ids), _blocks([k], k_rnorm, scale, col_ids)
     top, total = _lse_fwd(rows, cols, scale)
     return top + total.log(), top, total, q_rnorm, k_rnorm
 
@@ -78,8 +79,8 @@ def similarity_lse_bwd(
     need_q, need_k, need_scale = needs
     dq = torch.zeros_like(q, dtype=top.dtype) if need_q or need_scale else None
     dk = torch.zeros_like(k, dtype=top.dtype) if need_k else None
-    rows = _blocks([q], q_rnorm, row_ids, [dq])
-    cols = _blocks([k], k_rnorm, col_ids, [dk])
+    rows = _blocks([q], q_rnorm, scale, row_ids, [dq])
+    cols = _blocks([k], k_rnorm, scale, col_ids, [dk])
     _lse_bwd(rows, cols, scale, top, total, dlse)
     dscale = _through_norm(rows, scale)
     _through_norm(cols, scale)
@@ -91,9 +92,9 @@ def two_view_lse_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return lse less the row's positive, its top and total, and the inverse lengths, all [2N]."""
     rnorm = torch.cat([_rnorm(z0), _rnorm(z1)])
-    blocks = _blocks([z0, z1], rnorm, _twice(ids))
+    blocks = _blocks([z0, z1], rnorm, scale, _twice(ids))
     top, total = _lse_fwd(blocks, None, scale)
-    positive = scale * torch.cat([(a.unit() * b.unit()).sum(1) for a, b in _pairs(blocks)])
+    positive = torch.cat([(a.scaled() * b.scaled()).sum(1) for a, b in _pairs(blocks)])
     # Taken first, the difference of two large numbers is exact; the logarithm is small beside them.
     return (top - positive.repeat(2)) + total.log(), top, total, rnorm
 
@@ -113,14 +114,14 @@ def two_view_lse_bwd(
     need_0, need_1, need_scale = needs
     dz0 = torch.zeros_like(z0, dtype=top.dtype) if need_0 or need_scale else None
     dz1 = torch.zeros_like(z1, dtype=top.dtype) if need_1 or need_scale else None
-    blocks = _blocks([z0, z1], rnorm, _twice(ids), [dz0, dz1])
+    blocks = _blocks([z0, z1], rnorm, scale, _twice(ids), [dz0, dz1])
     _lse_bwd(blocks, None, scale, top, total, dlse)
     for a, b in _pairs(blocks):
         weight = (dlse[a.rows] + dlse[b.rows])[:, None]
         if a.grad is not None:
-            a.grad.addcmul_(b.unit(), weight, value=-1)
+            a.grad.addcmul_(b.scaled(), weight, value=-1)
         if b.grad is not None:
-            b.grad.addcmul_(a.unit(), weight, value=-1)
+            b.grad.addcmul_(a.scaled(), weight, value=-1)
     dscale = _through_norm(blocks, scale) / 2  # every pair was counted from both of its ends
     return _as_asked((dz0, dz1, dscale), (z0, z1, top), needs)
 
@@ -130,7 +131,7 @@ def _lse_fwd(rows: list[_Block], cols: list[_Block] | None, scale: Tensor) -> tu
     size = rows[-1].rows.stop
     total = scale.new_zeros(size)
     if _unshifted(scale):
-        for row, col, scores in _tiles(rows, cols, scale):
+        for row, col, scores, _, _ in _tiles(rows, cols):
             scores.exp_()
             total[row.rows] += scores.sum(1)
             if cols is None and col is not row:
@@ -138,7 +139,7 @@ def _lse_fwd(rows: list[_Block], cols: list[_Block] | None, scale: Tensor) -> tu
         return torch.zeros_like(total), total
 
     top = torch.full_like(total, -torch.inf)
-    for row, col, scores in _tiles(rows, cols, scale):
+    for row, col, scores, _, _ in _tiles(rows, cols):
         _merge(top[row.rows], total[row.rows], scores)
         if cols is None and col is not row:
             _merge(top[col.rows], total[col.rows], scores.T)
@@ -167,7 +168,7 @@ def _lse_bwd(
     top = top.masked_fill(top == -torch.inf, 0)
     unshifted = _unshifted(scale)
     buffer = torch.empty(TILE * TILE, dtype=top.dtype, device=top.device)
-    for row, col, scores in _tiles(rows, cols, scale, gradients=True):
+    for row, col, scores, q, k in _tiles(rows, cols, gradients=True):
         i, j = row.rows, col.rows
         other = buffer[: scores.numel()].view_as(scores)
         if unshifted:
@@ -183,45 +184,45 @@ def _lse_bwd(
             if cols is None:
                 scores += other
         if row.grad is not None:
-            row.grad.addmm_(scores, col.unit())
+            row.grad.addmm_(scores, k)
         if col.grad is not None and col is not row:
-            col.grad.addmm_(scores.T, row.unit())
+            col.grad.addmm_(scores.T, q)
 
 
 def _tiles(
-    rows: list[_Block], cols: list[_Block] | None, scale: Tensor, gradients: bool = False
-) -> Iterator[tuple[_Block, _Block, Tensor]]:
-    """Yield row block, column block and their scores [B, C], -inf where a pair is excluded.
+    rows: list[_Block], cols: list[_Block] | None, gradients: bool = False
+) -> Iterator[tuple[_Block, _Block, Tensor, Tensor, Tensor]]:
+    """Yield a row block, a column block, their scores [B, C], -inf where excluded, and scaled rows.
 
     cols=None: the upper half of the two views' matrix with itself. There, without ids, a row sees
     neither itself nor its positive: the diagonals of a block with itself and with its partner in
     the other view. gradients=True leaves out tiles that nobody needs the gradient of. The scores'
     memory is used again and again.
     """
-    buffer = scale.new_empty(TILE * TILE)
-    root = scale.sqrt()  # on both sides: x_ij and x_ji have the same bits
+    buffer = rows[0].factor.new_empty(TILE * TILE)
     for i, row in enumerate(rows):
-        q = row.unit() * root
+        q = row.scaled()
         for j, col in enumerate(rows[i:] if cols is None else cols):
             if gradients and row.grad is None and col.grad is None:
                 continue
             scores = buffer[: len(row.x) * len(col.x)].view(len(row.x), len(col.x))
-            torch.mm(q, (col.unit() * root).T, out=scores)
+            k = q if col is row else col.scaled()
+            torch.mm(q, k.T, out=scores)
             if row.ids is not None and col.ids is not None:
                 scores.masked_fill_(row.ids[:, None] == col.ids, -torch.inf)
             elif cols is None and j in (0, len(rows) // 2):
                 scores.fill_diagonal_(-torch.inf)
-            yield row, col, scores
+            yield row, col, scores, q, k
 
 
 def _through_norm(blocks: list[_Block], scale: Tensor) -> Tensor:
-    """Turn gradients of the unit rows into those of the rows, in place; return that of scale."""
+    """Turn gradients of the scaled rows into those of the rows, in place; return that of scale."""
     dscale = torch.zeros_like(scale)
     for block in blocks:
         if block.grad is not None:
-            unit = block.unit()
-            along = (unit * block.grad).sum(1, keepdim=True)
-            block.grad.addcmul_(unit, along, value=-1).mul_(block.rnorm * scale)
+            rows = block.scaled()
+            along = (rows * block.grad).sum(1, keepdim=True) / scale
+            block.grad.addcmul_(rows, along, value=-1).mul_(block.factor)
             dscale += along.sum()
     return dscale
 
@@ -229,10 +230,12 @@ def _through_norm(blocks: list[_Block], scale: Tensor) -> Tensor:
 def _blocks(
     pieces: Sequence[Tensor],
     rnorm: Tensor,
+    scale: Tensor,
     ids: Tensor | None,
     grads: Sequence[Tensor | None] = (None, None),
 ) -> list[_Block]:
     """Cut the pieces, stacked in thought, into blocks of equal size; none spans two pieces."""
+    factor = (rnorm * scale.sqrt())[:, None]
     blocks = []
     offset = 0
     for piece, grad in zip(pieces, grads, strict=False):
@@ -244,7 +247,7 @@ def _blocks(
                 _Block(
                     rows,
                     piece[here],
-                    rnorm[rows, None],
+                    factor[rows],
                     None if ids is None else ids[rows],
                     None if grad is None else grad[here],
                 )
@@ -264,10 +267,14 @@ def _rnorm(x: Tensor) -> Tensor:
     lengths = []
     for rows in torch.split(x, TILE):
         rows = rows.to(torch.promote_types(x.dtype, torch.float32))
-        # Squares of the row over its largest entry neither overflow nor vanish.
-        largest = torch.linalg.vector_norm(rows, torch.inf, dim=1, keepdim=True)
-        largest = largest.clamp_min(torch.finfo(rows.dtype).tiny)
-        lengths.append(largest[:, 0] * torch.linalg.vector_norm(rows / largest, dim=1))
+        length = torch.linalg.vector_norm(rows, dim=1)
+        low, high = SAFE_SQUARES
+        if x.device.type != "cpu" or not low < length.min() <= length.max() < high:
+            # Squares of the row over its largest entry neither overflow nor vanish.
+            largest = torch.linalg.vector_norm(rows, torch.inf, dim=1, keepdim=True)
+            largest = largest.clamp_min(torch.finfo(rows.dtype).tiny)
+            length = largest[:, 0] * torch.linalg.vector_norm(rows / largest, dim=1)
+        lengths.append(length)
     norm = torch.cat(lengths)
     return norm.reciprocal().masked_fill_(norm <= NORM_EPS, 0)
 
