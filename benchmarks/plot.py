@@ -1,4 +1,4 @@
-"""Draw time and extra memory against size from recorded results: python benchmarks/plot.py NAME."""
+"""Draw recorded results as a plot and print them as a table: python benchmarks/plot.py NAME."""
 
 import json
 import sys
@@ -23,8 +23,7 @@ STYLE = {
 }
 
 
-def plot(name: str) -> Path:
-    document = json.loads((RESULTS / f"{name}.json").read_text())
+def plot(document: dict, name: str) -> Path:
     series: dict[str, list[tuple[int, float, float]]] = defaultdict(list)
     for row in document["rows"]:
         pairs = int(row["case"].split()[0])
@@ -55,5 +54,26 @@ def plot(name: str) -> Path:
     return target
 
 
+def table(document: dict) -> str:
+    cases: dict[str, dict[str, dict]] = defaultdict(dict)
+    for row in document["rows"]:
+        cases[row["case"]][row["provider"]] = row
+    lines = [
+        "| pairs x D | " + " | ".join(STYLE) + " | of the matrix-product rate |",
+        "|---" * (len(STYLE) + 2) + "|",
+    ]
+    for case, rows in cases.items():
+        cells = [
+            f"{rows[name]['seconds'] * 1e3:,.1f} ms, {rows[name]['extra_bytes'] / 2**20:,.0f} MiB"
+            if name in rows
+            else ""
+            for name in STYLE
+        ]
+        lines.append(f"| {case} | {' | '.join(cells)} | {rows['fastssl']['share_of_rate']:.0%} |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    print(plot(sys.argv[1]))
+    recorded = json.loads((RESULTS / f"{sys.argv[1]}.json").read_text())
+    print(table(recorded))
+    print(plot(recorded, sys.argv[1]))
