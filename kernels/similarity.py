@@ -69,9 +69,9 @@ def launch_config(kernel, rows, columns, D, dtype, ids, arch, multiprocessors):
     slots = (2 if light else 1) * multiprocessors
     options = {
         "BLOCK_M": 64 if half or hopper else 32,
-        "BLOCK_N": 64,
+        "BLOCK_N": 64 if half or kernel == "two_view" else 32,
         "BLOCK_D": block_d if whole else 32,
-        "num_warps": 4 if light and (arch == "sm_90" or arch.startswith("gfx")) else 8,
+        "num_warps": 4 if arch.startswith("gfx") or (light and arch == "sm_90") else 8,
         "num_stages": 3 if light and roomy else 2,
     }
     if kernel == "two_view":
@@ -87,8 +87,8 @@ def launch_config(kernel, rows, columns, D, dtype, ids, arch, multiprocessors):
     programs = triton.cdiv(rows, options["BLOCK_M"])
     if kernel == "bwd":
         # To compare ids, or to put float16 columns at unit length, takes registers too.
-        crowded = block_d >= 64 and (ids or dtype == torch.float16)
-        options["BLOCK_N"] = 64 if half and not crowded else 32
+        if block_d >= 64 and (ids or dtype == torch.float16):
+            options["BLOCK_N"] = 32
         options["BLOCK_OUT"] = block_d if whole else min(block_d, 128)
         programs *= triton.cdiv(D, options["BLOCK_OUT"])
     return options, _splits(programs, triton.cdiv(columns, options["BLOCK_N"]), slots)
