@@ -44,7 +44,7 @@ def test_nt_xent(benchmark, rows, rate: float, n: int, provider: str) -> None:
     z0.grad = z1.grad = None
     grown = extra_bytes(step) - z0.nbytes - z1.nbytes
     benchmark.group = f"{n} pairs"
-    benchmark.pedantic(step, rounds=max(2, min(30, 8192 // n)), warmup_rounds=1)
+    benchmark.pedantic(step, rounds=max(2, min(200, 2**17 // n)), warmup_rounds=max(1, 4096 // n))
     seconds = benchmark.stats.stats.median
     rows.append(
         {

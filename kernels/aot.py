@@ -141,7 +141,7 @@ def compile_case(name, case):
     ):
         if case.two_view:
             similarity.two_view_lse_fwd(x, x, scale, ids)
-            similarity.two_view_lse_bwd(both, x, x, scale, ids, both, both, both, needs)
+            similarity.two_view_lse_bwd(both, x, x, scale, ids, both, both, both, None, needs)
         else:
             similarity.similarity_lse_fwd(x, x, scale, ids, ids)
             similarity.similarity_lse_bwd(row, x, x, scale, ids, ids, row, row, row, row, needs)

@@ -783,7 +783,8 @@ def two_view_lse_fwd(z0, z1, scale, ids):
         ids: [N] integers or None: which samples are the same.
 
     Returns:
-        lse, the maximum and sum it is made of, and rnorm = 1 / |z|, each [2N] float32.
+        lse, the maximum and sum it is made of, and rnorm = 1 / |z|, each [2N] float32; and an empty
+        tensor, where the torch backend may keep a tile.
     """
     (N, D), device = z0.shape, z0.device
     ids = None if ids is None else ids.contiguous()
@@ -817,7 +818,7 @@ def two_view_lse_fwd(z0, z1, scale, ids):
             PRECISION=_precision(z0.dtype, arch),
             **options,
         )
-        return *_finish_lse(parts, scale, positive), rnorm
+        return *_finish_lse(parts, scale, positive), rnorm, rnorm.new_empty(0, 0)
 
 
 def similarity_lse_fwd(q, k, scale, row_ids, col_ids):
@@ -963,7 +964,7 @@ def _gradient(
     return gradients, dscale_rows.sum() if dscale else None
 
 
-def two_view_lse_bwd(dlse, z0, z1, scale, ids, top, total, rnorm, needs):
+def two_view_lse_bwd(dlse, z0, z1, scale, ids, top, total, rnorm, tile, needs):
     """Gradients of ``two_view_lse_fwd``.
 
     Args:
@@ -975,6 +976,7 @@ def two_view_lse_bwd(dlse, z0, z1, scale, ids, top, total, rnorm, needs):
         top: [2N] float32, from the forward pass, like total and rnorm.
         total: [2N] float32.
         rnorm: [2N] float32.
+        tile: empty; nothing is kept here.
         needs: which of dz0, dz1, dscale to compute.
 
     Returns:

@@ -38,8 +38,8 @@ def assert_close(got: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
 
 def check_two_views(z0: Tensor, z1: Tensor, s: float, ids: Tensor | None, dlse: Tensor) -> None:
     scale = torch.tensor(s)
-    lse, top, total, rnorm = similarity.two_view_lse_fwd(z0, z1, scale, ids)
-    grads = similarity.two_view_lse_bwd(dlse, z0, z1, scale, ids, top, total, rnorm, ALL)
+    lse, *saved = similarity.two_view_lse_fwd(z0, z1, scale, ids)
+    grads = similarity.two_view_lse_bwd(dlse, z0, z1, scale, ids, *saved, ALL)
 
     inputs = [x.double().requires_grad_() for x in (z0, z1, scale)]
     z = reference.normalize(torch.cat(inputs[:2]))

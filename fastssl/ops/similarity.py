@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastssl.ops.backend import launchers
+from fastssl.streaming.similarity import TILE
 
 
 def similarity_lse(
@@ -103,7 +104,7 @@ def _similarity_lse_bwd(
 @torch.library.custom_op("fastssl::two_view_lse", mutates_args=())
 def _two_view_lse(
     z0: Tensor, z1: Tensor, scale: Tensor, ids: Tensor | None, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast(z0.device.type, enabled=False):
         return launchers(backend, "similarity").two_view_lse_fwd(z0, z1, scale, ids)
 
@@ -118,12 +119,13 @@ def _two_view_lse_bwd(
     top: Tensor,
     total: Tensor,
     rnorm: Tensor,
+    tile: Tensor,
     needs: list[bool],
     backend: str,
 ) -> list[Tensor]:
     with torch.autocast(z0.device.type, enabled=False):
         grads = launchers(backend, "similarity").two_view_lse_bwd(
-            dlse, z0, z1, scale, ids, top, total, rnorm, needs
+            dlse, z0, z1, scale, ids, top, total, rnorm, tile, needs
         )
     return [grad for grad in grads if grad is not None]
 
@@ -139,7 +141,9 @@ def _similarity_lse_fake(
 def _two_view_lse_fake(
     z0: Tensor, z1: Tensor, scale: Tensor, ids: object, backend: str
 ) -> tuple[Tensor, ...]:
-    return tuple(scale.new_empty(2 * len(z0)) for _ in range(4))
+    rows = 2 * len(z0)
+    kept = rows if backend == "torch" and rows <= TILE else 0
+    return (*(scale.new_empty(rows) for _ in range(4)), scale.new_empty(kept, kept))
 
 
 @_similarity_lse_bwd.register_fake

@@ -18,7 +18,8 @@ exponentials, their sums and the weights g / total fit float32 with a top of 0: 
 for, and one exponential serves a row and a column. To read s is free on a CPU; on another device it
 would be a host synchronisation, so there every tile is shifted.
 
-Beside rows and gradients two tiles are held. They stay in a core's second-level cache, as do the
+Where one tile holds all scores of two views, its exponentials are kept for the backward pass.
+Otherwise, beside rows and gradients, two tiles are held at a time. They stay in a core's second-level cache, as do the
 rows that they multiply. Half-precision rows are multiplied, and their gradients accumulated, in
 float32.
 """
@@ -89,14 +90,20 @@ def similarity_lse_bwd(
 
 def two_view_lse_fwd(
     z0: Tensor, z1: Tensor, scale: Tensor, ids: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return lse less the row's positive, its top and total, and the inverse lengths, all [2N]."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return lse less the row's positive, its top and total, and the inverse lengths, all [2N].
+
+    Last comes exp(x - top) [2N, 2N] where one tile holds it, else an empty tensor.
+    """
+    if 2 * len(z0) <= TILE:
+        return _one_tile_fwd(z0, z1, scale, ids)
     rnorm = torch.cat([_rnorm(z0), _rnorm(z1)])
+    positive = scale.new_empty(len(z0))
     blocks = _blocks([z0, z1], rnorm, scale, _twice(ids))
-    top, total = _lse_fwd(blocks, None, scale)
-    positive = torch.cat([(a.scaled() * b.scaled()).sum(1) for a, b in _pairs(blocks)])
+    top, total = _lse_fwd(blocks, None, scale, positive)
     # Taken first, the difference of two large numbers is exact; the logarithm is small beside them.
-    return (top - positive.repeat(2)) + total.log(), top, total, rnorm
+    lse = (top - positive.repeat(2)) + total.log()
+    return lse, top, total, rnorm, scale.new_empty(0, 0)
 
 
 def two_view_lse_bwd(
@@ -108,41 +115,93 @@ def two_view_lse_bwd(
     top: Tensor,
     total: Tensor,
     rnorm: Tensor,
+    tile: Tensor,
     needs: Sequence[bool],
 ) -> Gradients:
     """Return the gradients of z0, z1 and scale, each where ``needs`` asks for it."""
+    if len(tile):
+        return _one_tile_bwd(dlse, z0, z1, scale, total, rnorm, tile, needs)
     need_0, need_1, need_scale = needs
     dz0 = torch.zeros_like(z0, dtype=top.dtype) if need_0 or need_scale else None
     dz1 = torch.zeros_like(z1, dtype=top.dtype) if need_1 or need_scale else None
     blocks = _blocks([z0, z1], rnorm, scale, _twice(ids), [dz0, dz1])
     _lse_bwd(blocks, None, scale, top, total, dlse)
-    for a, b in _pairs(blocks):
-        weight = (dlse[a.rows] + dlse[b.rows])[:, None]
-        if a.grad is not None:
-            a.grad.addcmul_(b.scaled(), weight, value=-1)
-        if b.grad is not None:
-            b.grad.addcmul_(a.scaled(), weight, value=-1)
     dscale = _through_norm(blocks, scale) / 2  # every pair was counted from both of its ends
     return _as_asked((dz0, dz1, dscale), (z0, z1, top), needs)
 
 
-def _lse_fwd(rows: list[_Block], cols: list[_Block] | None, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Return top and total [M], L = top + log(total); cols=None: rows with rows, half the tiles."""
-    size = rows[-1].rows.stop
-    total = scale.new_zeros(size)
+def _one_tile_fwd(
+    z0: Tensor, z1: Tensor, scale: Tensor, ids: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    n, z = len(z0), torch.cat([z0, z1])
+    rnorm = _rnorm(z)
+    rows = z * (rnorm * scale.sqrt())[:, None]
+    scores = rows @ rows.T
+    positive = scores.diagonal(n).repeat(2)
+    if ids is not None:
+        ids = ids.repeat(2)
+        scores.masked_fill_(ids[:, None] == ids, -torch.inf)
+    else:
+        for offset in (0, n, -n):
+            scores.diagonal(offset).fill_(-torch.inf)
     if _unshifted(scale):
-        for row, col, scores, _, _ in _tiles(rows, cols):
+        top = torch.zeros_like(rnorm)
+    else:
+        top = scores.amax(1)
+        scores -= top.masked_fill(top == -torch.inf, 0)[:, None]
+    total = scores.exp_().sum(1)
+    return (top - positive) + total.log(), top, total, rnorm, scores
+
+
+def _one_tile_bwd(
+    dlse: Tensor,
+    z0: Tensor,
+    z1: Tensor,
+    scale: Tensor,
+    total: Tensor,
+    rnorm: Tensor,
+    tile: Tensor,
+    needs: Sequence[bool],
+) -> Gradients:
+    n, z = len(z0), torch.cat([z0, z1])
+    weight = dlse / total.masked_fill(total == 0, torch.inf)
+    if _unshifted(scale):
+        weights = (weight[:, None] + weight).mul_(tile)
+    else:
+        weights = tile * weight[:, None]
+        weights = weights + weights.T
+    both = dlse[:n] + dlse[n:]
+    for offset in (n, -n):
+        weights.diagonal(offset).copy_(both).neg_()
+    factor = (rnorm * scale.sqrt())[:, None]
+    dz = weights @ (z * factor)
+    dscale = _through_norm([_Block(slice(0, 2 * n), z, factor, None, dz)], scale)
+    # Every pair was counted from both of its ends. An operator's results may not share memory.
+    return _as_asked((dz[:n].clone(), dz[n:].clone(), dscale / 2), (z0, z1, rnorm), needs)
+
+
+def _lse_fwd(
+    rows: list[_Block], cols: list[_Block] | None, scale: Tensor, positive: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return top and total [M], L = top + log(total).
+
+    cols=None: two views' rows with each other, half of the tiles; positive [N] receives the scores
+    of the pairs.
+    """
+    total = scale.new_zeros(rows[-1].rows.stop)
+    unshifted = _unshifted(scale)
+    top = torch.zeros_like(total) if unshifted else torch.full_like(total, -torch.inf)
+    for row, col, scores, _, _, _ in _tiles(rows, cols, positive=positive):
+        mirror = cols is None and col is not row
+        if unshifted:
             scores.exp_()
             total[row.rows] += scores.sum(1)
-            if cols is None and col is not row:
+            if mirror:
                 total[col.rows] += scores.sum(0)
-        return torch.zeros_like(total), total
-
-    top = torch.full_like(total, -torch.inf)
-    for row, col, scores, _, _ in _tiles(rows, cols):
-        _merge(top[row.rows], total[row.rows], scores)
-        if cols is None and col is not row:
-            _merge(top[col.rows], total[col.rows], scores.T)
+        else:
+            _merge(top[row.rows], total[row.rows], scores)
+            if mirror:
+                _merge(top[col.rows], total[col.rows], scores.T)
     return top, total
 
 
@@ -162,13 +221,16 @@ def _lse_bwd(
     total: Tensor,
     dlse: Tensor,
 ) -> None:
-    """Add sum_j W_ij k^_j to the rows' gradients and sum_i W_ij q^_i to the columns'."""
+    """Add sum_j W_ij k^_j to the rows' gradients and sum_i W_ij q^_i to the columns'.
+
+    cols=None: two views' rows with each other; W holds their positives' share too.
+    """
     # A row that sees nothing has no share in any gradient; without the guards it would be 0 * inf.
     weight = dlse / total.masked_fill(total == 0, torch.inf)
     top = top.masked_fill(top == -torch.inf, 0)
     unshifted = _unshifted(scale)
     buffer = torch.empty(TILE * TILE, dtype=top.dtype, device=top.device)
-    for row, col, scores, q, k in _tiles(rows, cols, gradients=True):
+    for row, col, scores, q, k, paired in _tiles(rows, cols, gradients=True):
         i, j = row.rows, col.rows
         other = buffer[: scores.numel()].view_as(scores)
         if unshifted:
@@ -183,6 +245,8 @@ def _lse_bwd(
             scores.sub_(top[i, None]).exp_().mul_(weight[i, None])
             if cols is None:
                 scores += other
+        if paired:
+            scores.diagonal().sub_(dlse[i] + dlse[j])
         if row.grad is not None:
             row.grad.addmm_(scores, k)
         if col.grad is not None and col is not row:
@@ -190,14 +254,17 @@ def _lse_bwd(
 
 
 def _tiles(
-    rows: list[_Block], cols: list[_Block] | None, gradients: bool = False
-) -> Iterator[tuple[_Block, _Block, Tensor, Tensor, Tensor]]:
+    rows: list[_Block],
+    cols: list[_Block] | None,
+    positive: Tensor | None = None,
+    gradients: bool = False,
+) -> Iterator[tuple[_Block, _Block, Tensor, Tensor, Tensor, bool]]:
     """Yield a row block, a column block, their scores [B, C], -inf where excluded, and scaled rows.
 
-    cols=None: the upper half of the two views' matrix with itself. There, without ids, a row sees
-    neither itself nor its positive: the diagonals of a block with itself and with its partner in
-    the other view. gradients=True leaves out tiles that nobody needs the gradient of. The scores'
-    memory is used again and again.
+    cols=None: the upper half of the two views' matrix with itself. There a tile is paired, as the
+    last item says, when its diagonal holds positives; they are copied to positive [N]. Without ids
+    a row then sees neither itself nor its positive. gradients=True leaves out tiles that nobody
+    needs the gradient of. The scores' memory is used again and again.
     """
     buffer = rows[0].factor.new_empty(TILE * TILE)
     for i, row in enumerate(rows):
@@ -208,11 +275,14 @@ def _tiles(
             scores = buffer[: len(row.x) * len(col.x)].view(len(row.x), len(col.x))
             k = q if col is row else col.scaled()
             torch.mm(q, k.T, out=scores)
+            paired = cols is None and j == len(rows) // 2
+            if paired and positive is not None:
+                positive[row.rows] = scores.diagonal()
             if row.ids is not None and col.ids is not None:
                 scores.masked_fill_(row.ids[:, None] == col.ids, -torch.inf)
-            elif cols is None and j in (0, len(rows) // 2):
+            elif paired or (cols is None and row is col):
                 scores.fill_diagonal_(-torch.inf)
-            yield row, col, scores, q, k
+            yield row, col, scores, q, k, paired
 
 
 def _through_norm(blocks: list[_Block], scale: Tensor) -> Tensor:
@@ -254,12 +324,6 @@ def _blocks(
             )
         offset += len(piece)
     return blocks
-
-
-def _pairs(blocks: list[_Block]) -> Iterator[tuple[_Block, _Block]]:
-    """The blocks of the first view beside those of the second."""
-    half = len(blocks) // 2
-    return zip(blocks[:half], blocks[half:], strict=True)
 
 
 def _rnorm(x: Tensor) -> Tensor:
