@@ -2,6 +2,14 @@
 
 from fastssl import functional, reference
 from fastssl.losses.contrastive import NTXentLoss
+from fastssl.losses.redundancy import BarlowTwinsLoss, VICRegLoss
 
 __version__ = "0.1.0"
-__all__ = ["NTXentLoss", "__version__", "functional", "reference"]
+__all__ = [
+    "BarlowTwinsLoss",
+    "NTXentLoss",
+    "VICRegLoss",
+    "__version__",
+    "functional",
+    "reference",
+]

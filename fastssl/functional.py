@@ -1,5 +1,6 @@
 """The public loss functions."""
 
 from fastssl.losses.contrastive import nt_xent
+from fastssl.losses.redundancy import barlow_twins, vicreg
 
-__all__ = ["nt_xent"]
+__all__ = ["barlow_twins", "nt_xent", "vicreg"]

@@ -1,12 +1,9 @@
 """Losses that contrast positives with negatives by a softmax over similarities."""
 
-import math
-from collections.abc import Sequence
-from numbers import Real
-
 import torch
 from torch import Tensor, nn
 
+from fastssl.losses.checks import check_choice, check_ids, check_temperature, check_views
 from fastssl.ops import backend as backends
 from fastssl.ops import similarity
 
@@ -58,11 +55,11 @@ def nt_xent(
         >>> nt_xent(z0, z1, temperature=0.1).shape
         torch.Size([])
     """
-    _check_views(z0=z0, z1=z1)
-    _check_temperature(temperature)
-    _check_choice("reduction", reduction, REDUCTIONS)
+    check_views(z0=z0, z1=z1)
+    check_temperature(temperature)
+    check_choice("reduction", reduction, REDUCTIONS)
     if ids is not None:
-        _check_ids(ids, z0)
+        check_ids(ids, z0)
     scale = _scale(temperature, z0)
 
     lse = similarity.two_view_lse(z0, z1, scale, ids, backend=backends.resolve(backend, z0))
@@ -95,9 +92,9 @@ class NTXentLoss(nn.Module):
         self, temperature: float | Tensor = 0.5, *, reduction: str = "mean", backend: str = "auto"
     ) -> None:
         super().__init__()
-        _check_temperature(temperature)
-        _check_choice("reduction", reduction, REDUCTIONS)
-        _check_choice("backend", backend, backends.BACKENDS)
+        check_temperature(temperature)
+        check_choice("reduction", reduction, REDUCTIONS)
+        check_choice("backend", backend, backends.BACKENDS)
         self.temperature = temperature
         self.reduction = reduction
         self.backend = backend
@@ -119,79 +116,9 @@ class NTXentLoss(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in options)
 
 
-def _check_views(**views: Tensor) -> None:
-    """Accept floating-point matrices that agree in shape, dtype and device and are not empty."""
-    for name, z in views.items():
-        if not isinstance(z, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(z).__name__}")
-        if z.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-            raise TypeError(
-                f"{name} must be float64, float32, bfloat16 or float16, got {_name(z.dtype)}"
-            )
-        if z.dim() != 2 or 0 in z.shape:
-            raise ValueError(
-                f"{name} must have shape (N, D) with N and D at least 1, got {tuple(z.shape)}"
-            )
-    (name_a, a), (name_b, b) = views.items()
-    both = f"{name_a} and {name_b} must"
-    if a.shape != b.shape:
-        raise ValueError(f"{both} have equal shapes, got {tuple(a.shape)} and {tuple(b.shape)}")
-    if a.dtype != b.dtype:
-        raise TypeError(f"{both} have the same dtype, got {_name(a.dtype)} and {_name(b.dtype)}")
-    if a.device != b.device:
-        raise ValueError(f"{both} be on the same device, got {a.device} and {b.device}")
-
-
-def _check_ids(ids: Tensor, z: Tensor) -> None:
-    if not isinstance(ids, Tensor):
-        raise TypeError(f"ids must be a tensor of integers or None, got {type(ids).__name__}")
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise TypeError(f"ids must be integers, got {_name(ids.dtype)}")
-    if ids.shape != z.shape[:1]:
-        raise ValueError(
-            f"ids must have shape ({len(z)},), one for each row, got {tuple(ids.shape)}"
-        )
-    if ids.device != z.device:
-        raise ValueError(f"ids must be on the embeddings' device {z.device}, got {ids.device}")
-
-
-def _check_temperature(temperature: float | Tensor) -> None:
-    if isinstance(temperature, Tensor):
-        if not temperature.is_floating_point():
-            raise TypeError(
-                f"temperature must be a floating-point tensor, got {_name(temperature.dtype)}"
-            )
-        if temperature.dim() != 0:
-            raise ValueError(
-                "temperature must be a number or a 0-dim tensor, "
-                f"got shape {tuple(temperature.shape)}"
-            )
-        # To read the value would stop an accelerator and break a graph that is being compiled.
-        if temperature.device.type != "cpu" or torch.compiler.is_compiling():
-            return
-        value = temperature.item()
-    elif isinstance(temperature, Real) and not isinstance(temperature, bool):
-        value = float(temperature)
-    else:
-        raise TypeError(
-            f"temperature must be a number or a 0-dim tensor, got {type(temperature).__name__}"
-        )
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"temperature must be positive and finite, got {value}")
-
-
-def _check_choice(name: str, value: str, accepted: Sequence[str]) -> None:
-    if value not in accepted:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, got {value!r}")
-
-
 def _scale(temperature: float | Tensor, z: Tensor) -> Tensor:
     """1 / temperature as a 0-dim tensor on z's device, in the type that losses of z have."""
     dtype = torch.promote_types(z.dtype, torch.float32)
     if isinstance(temperature, Tensor):
         return temperature.to(z.device, dtype).reciprocal()
     return torch.full((), 1 / temperature, dtype=dtype, device=z.device)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

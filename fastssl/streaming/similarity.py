@@ -19,9 +19,9 @@ for, and one exponential serves a row and a column. To read s is free on a CPU; 
 would be a host synchronisation, so there every tile is shifted.
 
 Where one tile holds all scores of two views, its exponentials are kept for the backward pass.
-Otherwise, beside rows and gradients, two tiles are held at a time. They stay in a core's second-level cache, as do the
-rows that they multiply. Half-precision rows are multiplied, and their gradients accumulated, in
-float32.
+Otherwise, beside rows and gradients, two tiles are held at a time. They stay in a core's
+second-level cache, as do the rows that they multiply. Half-precision rows are multiplied, and their
+gradients accumulated, in float32.
 """
 
 import math

@@ -1,0 +1,109 @@
+"""What the losses accept. Each error names the argument, what was given and what is accepted."""
+
+import math
+from collections.abc import Sequence
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+
+def check_views(*, rows: int = 1, positions: bool = False, **views: Tensor) -> None:
+    """Accept floating-point matrices that agree in shape, dtype and device and are not empty.
+
+    Args:
+        rows: How many rows each must have; more than one where statistics are taken over them.
+        positions: Whether there may be dimensions between the rows and the features.
+        views: Two tensors by their arguments' names.
+
+    Raises:
+        TypeError: One is not a tensor, or not of a supported dtype, or the dtypes differ.
+        ValueError: Shapes or devices do not fit.
+    """
+    for name, z in views.items():
+        if not isinstance(z, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(z).__name__}")
+        if z.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            raise TypeError(
+                f"{name} must be float64, float32, bfloat16 or float16, got {_name(z.dtype)}"
+            )
+        if z.dim() < 2 or (z.dim() > 2 and not positions) or 0 in z.shape:
+            shape = "(N, ..., D), no dimension 0" if positions else "(N, D) with N and D at least 1"
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(z.shape)}")
+        if len(z) < rows:
+            raise ValueError(
+                f"{name} must have at least {rows} rows, since statistics over the batch need "
+                f"{rows} samples, got shape {tuple(z.shape)}"
+            )
+    (name_a, a), (name_b, b) = views.items()
+    both = f"{name_a} and {name_b} must"
+    if a.shape != b.shape:
+        raise ValueError(f"{both} have equal shapes, got {tuple(a.shape)} and {tuple(b.shape)}")
+    if a.dtype != b.dtype:
+        raise TypeError(f"{both} have the same dtype, got {_name(a.dtype)} and {_name(b.dtype)}")
+    if a.device != b.device:
+        raise ValueError(f"{both} be on the same device, got {a.device} and {b.device}")
+
+
+def check_ids(ids: Tensor, z: Tensor) -> None:
+    """Accept [N] integers for the N rows of z, on its device."""
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"ids must be a tensor of integers or None, got {type(ids).__name__}")
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise TypeError(f"ids must be integers, got {_name(ids.dtype)}")
+    if ids.shape != z.shape[:1]:
+        raise ValueError(
+            f"ids must have shape ({len(z)},), one for each row, got {tuple(ids.shape)}"
+        )
+    if ids.device != z.device:
+        raise ValueError(f"ids must be on the embeddings' device {z.device}, got {ids.device}")
+
+
+def check_temperature(temperature: float | Tensor) -> None:
+    """Accept a positive finite number or a 0-dim floating-point tensor."""
+    if isinstance(temperature, Tensor):
+        if not temperature.is_floating_point():
+            raise TypeError(
+                f"temperature must be a floating-point tensor, got {_name(temperature.dtype)}"
+            )
+        if temperature.dim() != 0:
+            raise ValueError(
+                "temperature must be a number or a 0-dim tensor, "
+                f"got shape {tuple(temperature.shape)}"
+            )
+        # To read the value would stop an accelerator and break a graph that is being compiled.
+        if temperature.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        value = temperature.item()
+    elif isinstance(temperature, Real) and not isinstance(temperature, bool):
+        value = float(temperature)
+    else:
+        raise TypeError(
+            f"temperature must be a number or a 0-dim tensor, got {type(temperature).__name__}"
+        )
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"temperature must be positive and finite, got {value}")
+
+
+def check_number(name: str, value: float, *, positive: bool = False) -> None:
+    """Accept a finite number; with positive, one above 0.
+
+    Raises:
+        TypeError: value is not a number.
+        ValueError: It is not finite, or not positive.
+    """
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not math.isfinite(value) or (positive and value <= 0):
+        accepted = "positive and finite" if positive else "finite"
+        raise ValueError(f"{name} must be {accepted}, got {value}")
+
+
+def check_choice(name: str, value: str, accepted: Sequence[str]) -> None:
+    """Accept one of some words."""
+    if value not in accepted:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, got {value!r}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
