@@ -1,7 +1,7 @@
 """Compile every kernel ahead of time, on a machine with no GPU, and print what it needs of one.
 
     python -m fastssl.kernels.aot                             # every kernel, width, type and target
-    python -m fastssl.kernels.aot --target sm_90 --dtype bfloat16                     # some of them
+    python -m fastssl.kernels.aot --primitive energy --target sm_90 --dtype bfloat16  # some of them
 
 The launchers themselves run, on meta tensors, with the device and the launch replaced, so that what
 is compiled here is what a GPU would be given. Exit status 1 when a kernel spills registers or wants
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -26,7 +27,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from fastssl.kernels import similarity
+from fastssl.kernels import energy, similarity
 
 
 class Target(NamedTuple):
@@ -51,8 +52,8 @@ DTYPES = {
 }
 
 
-class Case(NamedTuple):
-    """Which launchers, and their arguments: a name of DTYPES, D, N, whether ids are given."""
+class Similarity(NamedTuple):
+    """Which launchers of similarity.py, and their arguments: whether ids are given."""
 
     dtype: str
     features: int
@@ -60,12 +61,65 @@ class Case(NamedTuple):
     ids: bool
     two_view: bool
 
+    module = similarity
+
+    @property
+    def variant(self):
+        """What is printed of it beside dtype and features."""
+        return "ids" if self.ids else "   "
+
+    def launch(self, x):
+        """Call them on rows x."""
+        ids = torch.empty(self.rows, dtype=torch.int64) if self.ids else None
+        scale, row, both = torch.empty(()), torch.empty(self.rows), torch.empty(2 * self.rows)
+        needs = (True, True, True)
+        if self.two_view:
+            similarity.two_view_lse_fwd(x, x, scale, ids)
+            similarity.two_view_lse_bwd(both, x, x, scale, ids, both, both, both, None, needs)
+        else:
+            similarity.similarity_lse_fwd(x, x, scale, ids, ids)
+            similarity.similarity_lse_bwd(row, x, x, scale, ids, ids, row, row, row, row, needs)
+
+
+class Energy(NamedTuple):
+    """Which route of energy.py, and whether as Barlow Twins or as VICReg calls it."""
+
+    dtype: str
+    features: int
+    rows: int
+    variant: (
+        str  # "barlow": two views, standardised; "vicreg": one view, one factor for all features
+    )
+    dual: bool
+
+    module = energy
+
+    def launch(self, x):
+        """Call the launchers on rows x."""
+        standardize = self.variant == "barlow"
+        y = x if standardize else None
+        if not self.dual:
+            energy.cross_energy_fwd(x, y, 1e-5, standardize, self.dual, save=False)
+        _, diagonal, *stats, u_saved, v_saved = energy.cross_energy_fwd(
+            x, y, 1e-5, standardize, self.dual, save=True
+        )
+        energy.cross_energy_bwd(
+            torch.empty(()), diagonal, x, y, *stats, diagonal, u_saved, v_saved,
+            standardize, self.dual, (True, standardize),
+        )  # fmt: skip
+
+
+DEFAULTS = {  # which case, and its D and N
+    "similarity": (Similarity, [16, 32, 64, 128, 256, 512], [256, 65536]),
+    "energy": (Energy, [512, 8192], [256, 4096]),
+}
+
 
 class Row(NamedTuple):
     """A compiled kernel and what it needs."""
 
     target: str
-    case: Case
+    case: Similarity | Energy
     kernel: str
     options: str
     registers: int
@@ -94,6 +148,7 @@ class _Offline:
         return 0
 
 
+@lru_cache
 def _resources(compiled):
     """Registers of a thread, and how many bytes of them (on AMD, how many) are spilled."""
     if "amdgcn" in compiled.asm:
@@ -118,33 +173,24 @@ def compile_case(name, case):
     def launch(kernel, grid, **arguments):
         binary = kernel.warmup(grid=grid, **arguments, enable_fp_fusion=True)
         tile = "x".join(str(arguments[key]) for key in arguments if key.startswith("BLOCK"))
-        weights = [key[:3].lower() for key in ("ROW_WEIGHT", "COL_WEIGHT") if arguments.get(key)]
+        flags = [key[:3].lower() for key in arguments if key.isupper() and arguments[key] is True]
         options = " ".join(
-            [tile, f"{arguments['num_warps']}w", f"{arguments.get('num_stages', '-')}s", *weights]
+            [tile, f"{arguments['num_warps']}w", f"{arguments.get('num_stages', '-')}s", *flags]
         )
         kernel_name = kernel.fn.__name__.strip("_").removesuffix("_kernel")
         resources = _resources(binary)
         compiled.append(Row(name, case, kernel_name, options, *resources, binary.metadata.shared))
 
     dtype, precision = DTYPES[case.dtype]
-    with torch.device("meta"):
-        x = torch.empty(case.rows, case.features, dtype=dtype)
-        ids = torch.empty(case.rows, dtype=torch.int64) if case.ids else None
-        scale, row, both = torch.empty(()), torch.empty(case.rows), torch.empty(2 * case.rows)
-    needs = (True, True, True)
     driver.set_active(_Offline(target.gpu))
     torch.backends.cuda.matmul.fp32_precision = precision
     arch = mock.Mock(return_value=(name, target.multiprocessors))
     with (
-        mock.patch.object(similarity, "target", arch),
-        mock.patch.object(similarity, "_launch", launch),
+        mock.patch.object(case.module, "target", arch),
+        mock.patch.object(case.module, "_launch", launch),
+        torch.device("meta"),
     ):
-        if case.two_view:
-            similarity.two_view_lse_fwd(x, x, scale, ids)
-            similarity.two_view_lse_bwd(both, x, x, scale, ids, both, both, both, None, needs)
-        else:
-            similarity.similarity_lse_fwd(x, x, scale, ids, ids)
-            similarity.similarity_lse_bwd(row, x, x, scale, ids, ids, row, row, row, row, needs)
+        case.launch(torch.empty(case.rows, case.features, dtype=dtype))
     return compiled
 
 
@@ -154,9 +200,9 @@ def main():
     parser = argparse.ArgumentParser(prog=name, description=__doc__.split("\n")[0])
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
-    widths, sizes = [16, 32, 64, 128, 256, 512], [256, 65536]
-    parser.add_argument("--features", nargs="+", type=int, metavar="D", default=widths)
-    parser.add_argument("--rows", nargs="+", type=int, metavar="N", default=sizes)
+    parser.add_argument("--primitive", nargs="+", choices=DEFAULTS, default=list(DEFAULTS))
+    parser.add_argument("--features", nargs="+", type=int, metavar="D")
+    parser.add_argument("--rows", nargs="+", type=int, metavar="N")
     parser.add_argument("--ids", choices=("both", "with", "without"), default="both")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     chosen = parser.parse_args()
@@ -164,8 +210,14 @@ def main():
         parser.error("TRITON_INTERPRET=1 replaces the compiler: unset it")
 
     ids = {"both": [False, True], "with": [True], "without": [False]}[chosen.ids]
-    cases = itertools.product(chosen.dtype, chosen.features, chosen.rows, ids, [True, False])
-    jobs = list(itertools.product(chosen.target, (Case(*case) for case in cases)))
+    variants = {Similarity: ids, Energy: ["barlow", "vicreg"]}
+    cases = []
+    for primitive in chosen.primitive:
+        case, widths, sizes = DEFAULTS[primitive]
+        widths, sizes = chosen.features or widths, chosen.rows or sizes
+        arguments = (chosen.dtype, widths, sizes, variants[case], [True, False])
+        cases += itertools.starmap(case, itertools.product(*arguments))
+    jobs = list(itertools.product(chosen.target, cases))
     seen, misfits = set(), 0
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
@@ -174,18 +226,16 @@ def main():
             compiled = pool.map(compile_case, *zip(*jobs, strict=True))
             for row in itertools.chain.from_iterable(compiled):
                 case = row.case
-                key = (row.target, case.dtype, case.features, case.ids, row.kernel, row.options)
-                if key in seen:
-                    continue
-                seen.add(key)
-                misfits += not row.fits
-                print(
+                line = (
                     f"{row.target:6} {case.dtype:8} D={case.features:<4} "
-                    f"{'ids' if case.ids else '   '} {row.kernel:25} {row.options:28}",
-                    f"{row.registers:4} registers {row.spilled:4} spilled",
-                    f"{row.shared / 1024:6.1f} KiB shared{'' if row.fits else '  TOO MUCH'}",
-                    flush=True,
+                    f"{case.variant} {row.kernel:25} {row.options:28} "
+                    f"{row.registers:4} registers {row.spilled:4} spilled "
+                    f"{row.shared / 1024:6.1f} KiB shared{'' if row.fits else '  TOO MUCH'}"
                 )
+                if line not in seen:
+                    seen.add(line)
+                    misfits += not row.fits
+                    print(line, flush=True)
     print(f"{len(seen)} kernels, {misfits} of them too large for their target")
     sys.exit(misfits > 0)
 

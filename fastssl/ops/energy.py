@@ -98,7 +98,7 @@ def _cross_energy_fake(
     backend: str,
 ) -> tuple[Tensor, ...]:
     N, D = u.shape
-    kept = (N, N) if dual else (N, D) if save else (0,)
+    kept = (N, N) if dual else (N + (backend == "torch"), D) if save else (0,)
     of_v = (0,) if v is None else (D,)
     shapes = [(), (D,), (D,), (D,), of_v, of_v, kept, (0,) if v is None else kept]
     dtype = torch.promote_types(u.dtype, torch.float32)

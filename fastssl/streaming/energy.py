@@ -18,7 +18,8 @@ Dual: E = <u^ u^T, v^ v^T> / N^2 less the squared diagonal, and h = (v^ v^T) u^ 
 two N x N matrices are kept: 2 N^2 D operations with their symmetric halves, 4 N^2 D backward.
 
 Features are standardised a panel at a time, whenever one is read. The first row is subtracted
-before the mean, so that a mean far from zero costs no digits.
+before the mean, so that a mean far from zero costs no digits and u^ is centred, to rounding; so is
+h then, and mean(du^) needs no pass.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,9 +28,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-TILE = 512  # features of a tile of c
+TILE = 1024  # features of a tile of c, and rows that it is summed over at a time
 GRAM_TILE = 256  # rows of a tile of u^ u^T
-PANEL = 2**19  # numbers that are standardised at a time; a core's cache holds them
+PANEL = 2**19  # numbers that are standardised at a time elsewhere; a core's cache holds them
+
+ALL = slice(None)
 
 
 class _Batch(NamedTuple):
@@ -39,10 +42,12 @@ class _Batch(NamedTuple):
     mean: Tensor  # [D], less the first row
     factor: Tensor  # [D]
 
-    def read(self, features: slice) -> Tensor:
-        """Return standardised features [N, P], in memory of their own."""
-        x = self.x[:, features].to(self.mean.dtype)
-        return (x - x[0]).sub_(self.mean[features]).mul_(self.factor[features])
+    def read(self, rows: slice, features: slice, memory: Tensor) -> Tensor:
+        """Return standardised features [B, P], written to memory."""
+        x, factor = self.x[rows, features], self.factor[features]
+        out = _shaped(memory, *x.shape)
+        torch.sub(x, self.x[0, features].to(out.dtype), out=out)
+        return torch.addcmul(-factor * self.mean[features], out, factor, out=out)
 
 
 def cross_energy_fwd(
@@ -50,8 +55,9 @@ def cross_energy_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return E [], the diagonal [D], u's mean and factor [D], v's, and what backward needs of each.
 
-    That is v^ v^T / D and u^ u^T / D [N, N] on the dual route, u's and v's h [N, D] on the other,
-    there only if ``save`` says so. v = None stands for u; what would be v's is then empty.
+    That is v^ v^T / D and u^ u^T / D [N, N] on the dual route, on the other h [N, D] with a last
+    row, mean(h u^), there only if ``save`` says so. v = None stands for u; what would be v's is
+    then empty.
     """
     batches = [_moments(x, eps, standardize) for x in (u, v) if x is not None]
     energy, diagonal, saved = (_dual_fwd if dual else _features_fwd)(batches, save)
@@ -86,21 +92,31 @@ def cross_energy_bwd(
     along = sides / N * ddiagonal  # of the other batch's rows
     if dual:
         along = along - scale * diagonal
+    memories = [_memory(a) for _ in range(3)]
 
     def gradient(batch: _Batch, other: _Batch, saved: Tensor) -> Tensor:
-        gram = D / N * scale * saved if dual else None
         out = torch.empty_like(batch.x, memory_format=torch.contiguous_format)
+        gram = D / N * scale * saved if dual else None
         for features in _panels(batch.x):
-            x = batch.read(features)
-            dx = (x if other is batch else other.read(features)) * along[features]
+            x = batch.read(ALL, features, memories[0])
+            y = x if other is batch else other.read(ALL, features, memories[1])
+            factor, share = batch.factor[features], along[features]
             if gram is None:
-                dx.addcmul_(saved[:, features], scale)
+                h, h_factor = saved[:N, features], scale * factor
             else:
-                dx.addmm_(gram, x)
-            dx -= dx.mean(0)
-            if standardize:
-                dx.addcmul_(x, (dx * x).mean(0), value=-1)
-            out[:, features] = dx.mul_(batch.factor[features])
+                h, h_factor = torch.mm(gram, x, out=_shaped(memories[2], *x.shape)), factor
+            # All is centred, to rounding: what remains to be taken off is the part along u^.
+            if not standardize:
+                inside = torch.zeros_like(share)
+            elif gram is None:
+                inside = scale * saved[N, features] + share * diagonal[features]
+            else:
+                inside = (h * x).mean(0) + share * diagonal[features]
+            if y is x:
+                x *= factor * (share - inside)
+            else:
+                x.mul_(-factor * inside).addcmul_(y, factor * share)
+            torch.addcmul(x, h, h_factor, out=out[:, features])
         return out
 
     du = gradient(a, b, u_saved) if needs[0] else None
@@ -108,16 +124,18 @@ def cross_energy_bwd(
 
 
 def _moments(x: Tensor, eps: float, standardize: bool) -> _Batch:
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    mean = torch.empty(x.shape[1], dtype=dtype, device=x.device)
+    mean = torch.empty(
+        x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device
+    )
     batch = _Batch(x, mean, torch.ones_like(mean))
+    memory = _memory(batch)
     for features in _panels(x):
-        panel = x[:, features].to(dtype)
-        panel = panel - panel[0]
-        mean[features] = panel.mean(0)
+        panel = x[:, features]
+        centred = torch.sub(panel, panel[0].to(mean.dtype), out=_shaped(memory, *panel.shape))
+        mean[features] = centred.mean(0)
         if standardize:
-            panel -= mean[features]
-            batch.factor[features] = panel.square_().mean(0).add_(eps).rsqrt_()
+            centred -= mean[features]
+            batch.factor[features] = centred.square_().mean(0).add_(eps).rsqrt_()
     return batch
 
 
@@ -128,12 +146,16 @@ def _dual_fwd(batches: list[_Batch], save: bool) -> tuple[Tensor, Tensor, list[T
     pairs = [(i, j) for k, i in enumerate(blocks) for j in blocks[k:]]
     diagonal = torch.empty_like(batches[0].mean)
     grams = [diagonal.new_zeros(N, N) for _ in batches]
+    memories = [_memory(batch) for batch in batches]
     for features in _panels(batches[0].x):
-        panels = [batch.read(features) for batch in batches]
+        panels = [
+            batch.read(ALL, features, memory)
+            for batch, memory in zip(batches, memories, strict=True)
+        ]
         for gram, x in zip(grams, panels, strict=True):
             for i, j in pairs:
                 gram[i, j].addmm_(x[i], x[j].T)
-        diagonal[features] = (panels[0] * panels[-1]).mean(0)
+        diagonal[features] = panels[0].mul_(panels[-1]).mean(0)
     for gram in grams:
         for i, j in pairs:
             if i != j:
@@ -151,26 +173,51 @@ def _features_fwd(batches: list[_Batch], save: bool) -> tuple[Tensor, Tensor, li
     tiles = [slice(start, min(start + size, D)) for start in range(0, D, size)]
     diagonal = torch.empty_like(u.mean)
     energy = diagonal.new_zeros(())
-    sums = [diagonal.new_zeros(N, D) for _ in batches] if save else []
+    sums = [diagonal.new_zeros(N + 1, D) for _ in batches] if save else []
+    blocks = [slice(start, min(start + TILE, N)) for start in range(0, N, TILE)]
+    memories = diagonal.new_empty(2, size * min(N, TILE))
+    c_memory = diagonal.new_empty(size * size)
     for k, i in enumerate(tiles):
-        x = u.read(i)
         for j in tiles[k:] if u is v else tiles:
-            mirror = u is v and i != j  # the tile stands for its mirror image too
-            y = x if u is v and i == j else v.read(j)
-            c = (x.T @ y).div_(N)
+            c = _shaped(c_memory, i.stop - i.start, j.stop - j.start).zero_()
+            for rows in blocks:
+                x = u.read(rows, i, memories[0])
+                y = x if u is v and i == j else v.read(rows, j, memories[1])
+                c.addmm_(x.T, y)
+            c /= N
             if i == j:
                 diagonal[i] = c.diagonal()
                 c.fill_diagonal_(0)
-            if save:
-                sums[0][:, i].addmm_(y, c.T)
+            mirror = u is v and i != j  # the tile stands for its mirror image too
+            for rows in blocks if save else []:
+                if len(blocks) > 1:
+                    x = u.read(rows, i, memories[0])
+                    y = x if u is v and i == j else v.read(rows, j, memories[1])
+                sums[0][rows, i].addmm_(y, c.T)
                 if mirror or v is not u:
-                    sums[-1][:, j].addmm_(x, c)
+                    sums[-1][rows, j].addmm_(x, c)
             energy += (2 if mirror else 1) * c.square_().sum()
+            if save:
+                sums[0][N, i] += c.sum(1)
+                if mirror or v is not u:
+                    sums[-1][N, j] += c.sum(0)
     return energy, diagonal, sums
 
 
 def _panels(x: Tensor) -> Iterator[slice]:
     """Cut the features of a batch into panels of about PANEL numbers."""
-    N, D = x.shape
-    size = max(64, PANEL // N)
+    D, size = x.shape[1], _panel_size(x)
     return (slice(start, min(start + size, D)) for start in range(0, D, size))
+
+
+def _panel_size(x: Tensor) -> int:
+    return min(x.shape[1], max(64, PANEL // len(x)))
+
+
+def _memory(batch: _Batch) -> Tensor:
+    """Memory for a panel."""
+    return batch.mean.new_empty(len(batch.x) * _panel_size(batch.x))
+
+
+def _shaped(memory: Tensor, rows: int, columns: int) -> Tensor:
+    return memory[: rows * columns].view(rows, columns)
