@@ -82,14 +82,12 @@ class Similarity(NamedTuple):
 
 
 class Energy(NamedTuple):
-    """Which route of energy.py, and whether as Barlow Twins or as VICReg calls it."""
+    """Which route of energy.py, as "barlow" (two views, standardised) or "vicreg" takes it."""
 
     dtype: str
     features: int
     rows: int
-    variant: (
-        str  # "barlow": two views, standardised; "vicreg": one view, one factor for all features
-    )
+    variant: str
     dual: bool
 
     module = energy

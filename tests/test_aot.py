@@ -1,12 +1,15 @@
 """Every kernel compiles for every target, within its registers and shared memory."""
 
+import itertools
 import os
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 
 similarity = pytest.importorskip("fastssl.kernels.similarity")
+energy = pytest.importorskip("fastssl.kernels.energy")
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -22,9 +25,23 @@ def table(*options: str) -> list[str]:
     return rows
 
 
+def kernels(module: ModuleType) -> set[str]:
+    names = [name for name in vars(module) if name.endswith("_kernel")]
+    return {name.strip("_").removesuffix("_kernel") for name in names}
+
+
+def targets_and_kernels(rows: list[str]) -> set[tuple[str, str]]:
+    return {(row.split()[0], row.split()[4]) for row in rows}
+
+
 def test_nt_xent_on_hopper_fits() -> None:
     case = ("--dtype", "bfloat16", "--features", "128", "--rows", "65536", "--ids", "without")
-    assert table("--target", "sm_90", *case)
+    assert table("--primitive", "similarity", "--target", "sm_90", *case)
+
+
+def test_barlow_twins_and_vicreg_on_hopper_fit() -> None:
+    case = ("--dtype", "bfloat16", "--features", "8192", "--rows", "1024")
+    assert table("--primitive", "energy", "--target", "sm_90", *case)
 
 
 @pytest.mark.slow
@@ -38,10 +55,18 @@ def test_nt_xent_on_hopper_fits() -> None:
 )
 def test_every_kernel_fits_every_target(dtype: str, features: str, rows: list[str]) -> None:
     """Ids take registers: the kernels with them are the larger ones."""
-    compiled = table("--dtype", dtype, "--features", features, "--rows", *rows, "--ids", "with")
-    seen = {(row.split()[0], row.split()[4]) for row in compiled}
-    names = [name for name in vars(similarity) if name.endswith("_kernel")]
+    case = ("--dtype", dtype, "--features", features, "--rows", *rows, "--ids", "with")
+    compiled = table("--primitive", "similarity", *case)
+    expected = kernels(similarity)
     if len(rows) == 1:
-        names.remove("_similarity_lse_bwd_finish_kernel")  # only few rows need it
-    kernels = {name.strip("_").removesuffix("_kernel") for name in names}
-    assert seen == {(target, kernel) for target in TARGETS for kernel in kernels}
+        expected.remove("similarity_lse_bwd_finish")  # only few rows need it
+    assert targets_and_kernels(compiled) == set(itertools.product(TARGETS, expected))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_every_energy_kernel_fits_every_target(dtype: str) -> None:
+    compiled = table(
+        "--primitive", "energy", "--dtype", dtype, "--features", "8192", "--rows", "4096"
+    )
+    assert targets_and_kernels(compiled) == set(itertools.product(TARGETS, kernels(energy)))

@@ -98,9 +98,10 @@ def _cross_energy_fake(
     backend: str,
 ) -> tuple[Tensor, ...]:
     N, D = u.shape
-    kept = (N, N) if dual else (N + (backend == "torch"), D) if save else (0,)
     of_v = (0,) if v is None else (D,)
-    shapes = [(), (D,), (D,), (D,), of_v, of_v, kept, (0,) if v is None else kept]
+    saved_shapes = launchers(backend, "energy").saved_shapes
+    saved = saved_shapes(N, D, dual=dual, save=save, two=v is not None)
+    shapes = [(), (D,), (D,), (D,), of_v, of_v, *saved]
     dtype = torch.promote_types(u.dtype, torch.float32)
     return tuple(u.new_empty(shape, dtype=dtype) for shape in shapes)
 

@@ -8,20 +8,21 @@ Backward, with g = dE, d the gradient of the diagonal and h the sums below:
     h_ni = sum_{j != i} c_ij v^_nj                 du^ = 2 g / N h + d v^ / N
     du = (du^ - mean(du^) - u^ mean(du^ u^)) / sqrt(var(u) + eps)
 
-and likewise for v; for v = u both halves meet in one gradient, 4 g / N h + 2 d u^ / N. Two exact
-routes lead there.
+and likewise for v; for v = u both halves meet in one gradient, 4 g / N h + 2 d u^ / N. There are
+two exact routes to E and h.
 
-Features: tiles of c, each used for E and for both h while it is in the cache. The gradients are
-ready, up to g, before the backward pass: 6 N D^2 operations in all, half of them for v = u.
+Features: tiles of c, each used for E and for both h while it is in the cache: 6 N D^2 operations,
+half of them for v = u. h is kept for the backward pass; where one tile is all of c, the tile is.
 
 Dual: E = <u^ u^T, v^ v^T> / N^2 less the squared diagonal, and h = (v^ v^T) u^ / N - c_ii v^. The
 two N x N matrices are kept: 2 N^2 D operations with their symmetric halves, 4 N^2 D backward.
 
 Features are standardised a panel at a time, whenever one is read. The first row is subtracted
-before the mean, so that a mean far from zero costs no digits and u^ is centred, to rounding; so is
-h then, and mean(du^) needs no pass.
+before the mean, so that a mean far from zero costs no digits and u^ is centred, to rounding; so are
+h and du^ then, and mean(du^) needs no pass.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -30,9 +31,7 @@ from torch import Tensor
 
 TILE = 1024  # features of a tile of c, and rows that it is summed over at a time
 GRAM_TILE = 256  # rows of a tile of u^ u^T
-PANEL = 2**19  # numbers that are standardised at a time elsewhere; a core's cache holds them
-
-ALL = slice(None)
+PANEL = 2**20  # numbers that are standardised at a time
 
 
 class _Batch(NamedTuple):
@@ -45,9 +44,24 @@ class _Batch(NamedTuple):
     def read(self, rows: slice, features: slice, memory: Tensor) -> Tensor:
         """Return standardised features [B, P], written to memory."""
         x, factor = self.x[rows, features], self.factor[features]
-        out = _shaped(memory, *x.shape)
+        out = _shaped(memory, x)
         torch.sub(x, self.x[0, features].to(out.dtype), out=out)
         return torch.addcmul(-factor * self.mean[features], out, factor, out=out)
+
+
+def saved_shapes(
+    N: int, D: int, *, dual: bool, save: bool, two: bool
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of what ``cross_energy_fwd`` keeps for the gradients of u and, if there are two, v."""
+    if dual:
+        kept = (N, N)
+    elif not save:
+        return (0,), (0,)
+    elif D <= TILE:
+        return (D, D), (0,)
+    else:
+        kept = (N + 1, D)
+    return kept, kept if two else (0,)
 
 
 def cross_energy_fwd(
@@ -55,12 +69,12 @@ def cross_energy_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return E [], the diagonal [D], u's mean and factor [D], v's, and what backward needs of each.
 
-    That is v^ v^T / D and u^ u^T / D [N, N] on the dual route, on the other h [N, D] with a last
-    row, mean(h u^), there only if ``save`` says so. v = None stands for u; what would be v's is
-    then empty.
+    That is v^ v^T / D and u^ u^T / D [N, N] on the dual route. On the other, and only if ``save``
+    says so, it is c [D, D] without its diagonal where that is one tile, else h [N, D] with mean(h
+    u^) in one more row. v = None stands for u; what would be v's is then empty.
     """
     batches = [_moments(x, eps, standardize) for x in (u, v) if x is not None]
-    energy, diagonal, saved = (_dual_fwd if dual else _features_fwd)(batches, save)
+    energy, diagonal, saved = _dual_fwd(batches) if dual else _features_fwd(batches, save)
     moments = [x for batch in batches for x in (batch.mean, batch.factor)]
     moments += [energy.new_empty(0) for _ in range(4 - len(moments))]
     saved += [energy.new_empty(0) for _ in range(2 - len(saved))]
@@ -88,6 +102,9 @@ def cross_energy_bwd(
     (N, D), sides = u.shape, 2 if v is None else 1  # v = u takes part on both sides
     a = _Batch(u, u_mean, u_factor)
     b = a if v is None else _Batch(v, v_mean, v_factor)
+    one_tile = not dual and D <= TILE
+    if one_tile:
+        v_saved = u_saved.T
     scale = 2 * sides / N * denergy  # of h
     along = sides / N * ddiagonal  # of the other batch's rows
     if dual:
@@ -96,27 +113,29 @@ def cross_energy_bwd(
 
     def gradient(batch: _Batch, other: _Batch, saved: Tensor) -> Tensor:
         out = torch.empty_like(batch.x, memory_format=torch.contiguous_format)
-        gram = D / N * scale * saved if dual else None
-        for features in _panels(batch.x):
-            x = batch.read(ALL, features, memories[0])
-            y = x if other is batch else other.read(ALL, features, memories[1])
+        for rows, features in _panels(batch.x, by_rows=one_tile):
+            x = batch.read(rows, features, memories[0])
+            y = x if other is batch else other.read(rows, features, memories[1])
+            if dual:
+                h = torch.mm(saved, x, out=_shaped(memories[2], x)).mul_(D / N)
+            elif one_tile:
+                h = torch.mm(y, saved.T, out=_shaped(memories[2], y))
+            else:
+                h = saved[:N, features]
             factor, share = batch.factor[features], along[features]
-            if gram is None:
-                h, h_factor = saved[:N, features], scale * factor
-            else:
-                h, h_factor = torch.mm(gram, x, out=_shaped(memories[2], *x.shape)), factor
-            # All is centred, to rounding: what remains to be taken off is the part along u^.
-            if not standardize:
-                inside = torch.zeros_like(share)
-            elif gram is None:
-                inside = scale * saved[N, features] + share * diagonal[features]
-            else:
-                inside = (h * x).mean(0) + share * diagonal[features]
+            # du^ is centred, to rounding. What is left to be taken off is its part along u^.
+            inside = torch.zeros_like(share)
+            if standardize:
+                if dual:
+                    mean = (h * x).mean(0)
+                else:
+                    mean = saved.square().sum(1) if one_tile else saved[N, features]
+                inside = scale * mean + share * diagonal[features]
             if y is x:
                 x *= factor * (share - inside)
             else:
                 x.mul_(-factor * inside).addcmul_(y, factor * share)
-            torch.addcmul(x, h, h_factor, out=out[:, features])
+            torch.addcmul(x, h, scale * factor, out=out[rows, features])
         return out
 
     du = gradient(a, b, u_saved) if needs[0] else None
@@ -124,14 +143,13 @@ def cross_energy_bwd(
 
 
 def _moments(x: Tensor, eps: float, standardize: bool) -> _Batch:
-    mean = torch.empty(
-        x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device
-    )
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    mean = torch.empty(x.shape[1], dtype=dtype, device=x.device)
     batch = _Batch(x, mean, torch.ones_like(mean))
     memory = _memory(batch)
-    for features in _panels(x):
-        panel = x[:, features]
-        centred = torch.sub(panel, panel[0].to(mean.dtype), out=_shaped(memory, *panel.shape))
+    for rows, features in _panels(x):
+        panel = x[rows, features]
+        centred = torch.sub(panel, panel[0].to(dtype), out=_shaped(memory, panel))
         mean[features] = centred.mean(0)
         if standardize:
             centred -= mean[features]
@@ -139,22 +157,21 @@ def _moments(x: Tensor, eps: float, standardize: bool) -> _Batch:
     return batch
 
 
-def _dual_fwd(batches: list[_Batch], save: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Return E, the diagonal and the matrices that u's and v's gradients multiply."""
+def _dual_fwd(batches: list[_Batch]) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Return E, the diagonal and what the gradients of u and v need."""
     N, D = batches[0].x.shape
-    blocks = [slice(start, start + GRAM_TILE) for start in range(0, N, GRAM_TILE)]
+    blocks = _cut(N, GRAM_TILE)
     pairs = [(i, j) for k, i in enumerate(blocks) for j in blocks[k:]]
     diagonal = torch.empty_like(batches[0].mean)
     grams = [diagonal.new_zeros(N, N) for _ in batches]
     memories = [_memory(batch) for batch in batches]
-    for features in _panels(batches[0].x):
-        panels = [
-            batch.read(ALL, features, memory)
-            for batch, memory in zip(batches, memories, strict=True)
-        ]
-        for gram, x in zip(grams, panels, strict=True):
+    for rows, features in _panels(batches[0].x):
+        panels = []
+        for batch, gram, memory in zip(batches, grams, memories, strict=True):
+            x = batch.read(rows, features, memory)
             for i, j in pairs:
                 gram[i, j].addmm_(x[i], x[j].T)
+            panels.append(x)
         diagonal[features] = panels[0].mul_(panels[-1]).mean(0)
     for gram in grams:
         for i, j in pairs:
@@ -166,58 +183,66 @@ def _dual_fwd(batches: list[_Batch], save: bool) -> tuple[Tensor, Tensor, list[T
 
 
 def _features_fwd(batches: list[_Batch], save: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Return E, the diagonal and, to save, h of each batch."""
+    """Return E, the diagonal and, to save, what the gradients of u and v need."""
     u, v = batches[0], batches[-1]
     N, D = u.x.shape
-    size = -(-D // -(-D // TILE))
-    tiles = [slice(start, min(start + size, D)) for start in range(0, D, size)]
+    tiles, blocks = _cut(D, TILE), _cut(N, TILE)
     diagonal = torch.empty_like(u.mean)
     energy = diagonal.new_zeros(())
-    sums = [diagonal.new_zeros(N + 1, D) for _ in batches] if save else []
-    blocks = [slice(start, min(start + TILE, N)) for start in range(0, N, TILE)]
-    memories = diagonal.new_empty(2, size * min(N, TILE))
-    c_memory = diagonal.new_empty(size * size)
+    sums = [diagonal.new_zeros(N + 1, D) for _ in batches] if save and len(tiles) > 1 else []
+    memories = diagonal.new_empty(2, blocks[0].stop * tiles[0].stop)
+    memory = diagonal.new_empty(tiles[0].stop, tiles[0].stop)
+
+    def read(rows: slice, i: slice, j: slice) -> tuple[Tensor, Tensor]:
+        x = u.read(rows, i, memories[0])
+        return x, x if u is v and i == j else v.read(rows, j, memories[1])
+
     for k, i in enumerate(tiles):
         for j in tiles[k:] if u is v else tiles:
-            c = _shaped(c_memory, i.stop - i.start, j.stop - j.start).zero_()
+            mirror = u is v and i != j  # the tile stands for its mirror image too
+            c = memory[: i.stop - i.start, : j.stop - j.start].zero_()
             for rows in blocks:
-                x = u.read(rows, i, memories[0])
-                y = x if u is v and i == j else v.read(rows, j, memories[1])
+                x, y = read(rows, i, j)
                 c.addmm_(x.T, y)
             c /= N
             if i == j:
                 diagonal[i] = c.diagonal()
                 c.fill_diagonal_(0)
-            mirror = u is v and i != j  # the tile stands for its mirror image too
-            for rows in blocks if save else []:
-                if len(blocks) > 1:
-                    x = u.read(rows, i, memories[0])
-                    y = x if u is v and i == j else v.read(rows, j, memories[1])
-                sums[0][rows, i].addmm_(y, c.T)
+            squares = c.square()
+            energy += (2 if mirror else 1) * squares.sum()
+            if sums:
+                for rows in blocks:
+                    x, y = read(rows, i, j)
+                    sums[0][rows, i].addmm_(y, c.T)
+                    if mirror or v is not u:
+                        sums[-1][rows, j].addmm_(x, c)
+                sums[0][N, i] += squares.sum(1)
                 if mirror or v is not u:
-                    sums[-1][rows, j].addmm_(x, c)
-            energy += (2 if mirror else 1) * c.square_().sum()
-            if save:
-                sums[0][N, i] += c.sum(1)
-                if mirror or v is not u:
-                    sums[-1][N, j] += c.sum(0)
+                    sums[-1][N, j] += squares.sum(0)
+    if save and len(tiles) == 1:
+        sums = [memory]
     return energy, diagonal, sums
 
 
-def _panels(x: Tensor) -> Iterator[slice]:
-    """Cut the features of a batch into panels of about PANEL numbers."""
-    D, size = x.shape[1], _panel_size(x)
-    return (slice(start, min(start + size, D)) for start in range(0, D, size))
+def _cut(size: int, tile: int) -> list[slice]:
+    """Cut range(size) into slices of equal length, at most tile."""
+    step = math.ceil(size / math.ceil(size / tile))
+    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
 
-def _panel_size(x: Tensor) -> int:
-    return min(x.shape[1], max(64, PANEL // len(x)))
+def _panels(x: Tensor, *, by_rows: bool = False) -> Iterator[tuple[slice, slice]]:
+    """Cut a batch into panels of about PANEL numbers, all rows of some features or the reverse."""
+    (N, D), everything = x.shape, slice(None)
+    if by_rows:
+        return ((rows, everything) for rows in _cut(N, max(1, PANEL // D)))
+    return ((everything, features) for features in _cut(D, max(64, PANEL // N)))
 
 
 def _memory(batch: _Batch) -> Tensor:
     """Memory for a panel."""
-    return batch.mean.new_empty(len(batch.x) * _panel_size(batch.x))
+    N, D = batch.x.shape
+    return batch.mean.new_empty(min(N * D, max(PANEL, 64 * N)))
 
 
-def _shaped(memory: Tensor, rows: int, columns: int) -> Tensor:
-    return memory[: rows * columns].view(rows, columns)
+def _shaped(memory: Tensor, like: Tensor) -> Tensor:
+    return memory[: like.numel()].view(like.shape)
