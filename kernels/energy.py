@@ -147,8 +147,12 @@ def _factor(var, eps, STANDARDIZE: tl.constexpr):
     """1 / std, or the power of two that brings std into [1/2, 1)."""
     if STANDARDIZE:
         var += eps
-        # To the last digit: 1 - c_ii may be a few units in the last place.
-        return tl.where((var == 0) | (var == float("inf")), 0.0, tl.div_rn(1.0, tl.sqrt_rn(var)))
+        rstd = 1 / tl.sqrt(var)
+        # Newton's step in twice the digits: 1 - c_ii may be a few units in the last place.
+        product = var * rstd
+        error = tl.fma(-product, rstd, 1.0) - tl.fma(var, rstd, -product) * rstd
+        rstd = tl.fma(0.5 * rstd, error, rstd)
+        return tl.where((var < SMALLEST_NORMAL) | (var == float("inf")), 0.0, rstd)
     else:
         exponent = (tl.sqrt(var).to(tl.int32, bitcast=True) >> 23) & 255
         power = (tl.maximum(253 - exponent, 1) << 23).to(tl.float32, bitcast=True)
@@ -209,12 +213,12 @@ def _common_factor_kernel(
     feats = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     u_common = _common(u_local_ptr, D, BLOCK_F)
     u_change = u_common / tl.load(u_local_ptr + feats, mask=feats < D, other=1.0)
-    tl.store(u_factor_ptr + feats, u_change * 0 + u_common, mask=feats < D)
+    tl.store(u_factor_ptr + feats, tl.zeros([BLOCK_F], tl.float32) + u_common, mask=feats < D)
     v_change = u_change
     if v_local_ptr is not None:
         v_common = _common(v_local_ptr, D, BLOCK_F)
         v_change = v_common / tl.load(v_local_ptr + feats, mask=feats < D, other=1.0)
-        tl.store(v_factor_ptr + feats, v_change * 0 + v_common, mask=feats < D)
+        tl.store(v_factor_ptr + feats, tl.zeros([BLOCK_F], tl.float32) + v_common, mask=feats < D)
     diagonal = _load_vector(diagonal_ptr, feats, D)
     tl.store(diagonal_ptr + feats, diagonal * u_change * v_change, mask=feats < D)
 

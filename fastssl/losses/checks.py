@@ -81,7 +81,7 @@ def check_temperature(temperature: float | Tensor) -> None:
         raise TypeError(
             f"temperature must be a number or a 0-dim tensor, got {type(temperature).__name__}"
         )
-    if not (math.isfinite(value) and value > 0):
+    if not 0 < value < math.inf:
         raise ValueError(f"temperature must be positive and finite, got {value}")
 
 
@@ -94,7 +94,8 @@ def check_number(name: str, value: float, *, positive: bool = False) -> None:
     """
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value) or (positive and value <= 0):
+    # A comparison can be compiled where the float is symbolic; math.isfinite cannot.
+    if not -math.inf < value < math.inf or (positive and value <= 0):
         accepted = "positive and finite" if positive else "finite"
         raise ValueError(f"{name} must be {accepted}, got {value}")
 

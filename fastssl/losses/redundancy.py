@@ -125,7 +125,8 @@ def vicreg(
             stds.append((unbiased * diagonal + eps).sqrt())
             energies.append(unbiased.square() * energy)
     positions = len(energies) // 2
-    invariance = nn.functional.mse_loss(z_a.to(stds[0].dtype), z_b.to(stds[0].dtype))
+    difference = z_a.to(stds[0].dtype) - z_b.to(stds[0].dtype)
+    invariance = (difference * difference).mean()
     variance = torch.relu(1 - torch.stack(stds)).mean()
     covariance = torch.stack(energies).sum() / (positions * D)
     return lambda_param * invariance + mu_param * variance + nu_param * covariance
