@@ -117,7 +117,7 @@ def vicreg(
 
     stds, energies = [], []
     for z in (z_a, z_b):
-        for position in z.reshape(N, -1, D).unbind(1):
+        for position in [z] if z.dim() == 2 else z.reshape(N, -1, D).unbind(1):
             energy, diagonal, factor = cross_energy(
                 position, eps=eps, standardize=False, backend=backend
             )
