@@ -50,10 +50,9 @@ def launch_config(kernel, N, D, inputs, dtype, arch, multiprocessors):
         in a panel ("panel") or 1.
     """
     if kernel == "columns":
-        block_f = 64
-        while block_f > 16 and triton.cdiv(D, block_f) < multiprocessors:
-            block_f //= 2
-        return {"BLOCK_N": 2048 // block_f, "BLOCK_F": block_f, "num_warps": 4}, 1
+        # Narrow, so that a few programs share a multiprocessor and hide each other's loads.
+        block_f = 32 if D >= 32 * 4 * multiprocessors else 16
+        return {"BLOCK_N": 4096 // block_f, "BLOCK_F": block_f, "num_warps": 8}, 1
 
     half = dtype.itemsize == 2 or arch == "interpreter"
     hopper = arch in ("sm_90", "sm_100", "sm_103")
@@ -147,11 +146,10 @@ def _factor(var, eps, STANDARDIZE: tl.constexpr):
     """1 / std, or the power of two that brings std into [1/2, 1)."""
     if STANDARDIZE:
         var += eps
-        rstd = 1 / tl.sqrt(var)
-        # Newton's step in twice the digits: 1 - c_ii may be a few units in the last place.
-        product = var * rstd
-        error = tl.fma(-product, rstd, 1.0) - tl.fma(var, rstd, -product) * rstd
-        rstd = tl.fma(0.5 * rstd, error, rstd)
+        # With a step of Newton's in float64: 1 - c_ii may be a few units in the last place.
+        rstd = (1 / tl.sqrt(var)).to(tl.float64)
+        rstd += 0.5 * rstd * (1 - var.to(tl.float64) * rstd * rstd)
+        rstd = rstd.to(tl.float32)
         return tl.where((var < SMALLEST_NORMAL) | (var == float("inf")), 0.0, rstd)
     else:
         exponent = (tl.sqrt(var).to(tl.int32, bitcast=True) >> 23) & 255

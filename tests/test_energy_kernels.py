@@ -89,7 +89,7 @@ def test_any_cut_of_the_work(symmetric, standardize, dual) -> None:
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize(("symmetric", "dual"), itertools.product([False, True], repeat=2))
+@pytest.mark.parametrize(("symmetric", "dual"), list(itertools.product([False, True], repeat=2)))
 def test_float16_accumulates_in_float32(symmetric, dual) -> None:
     u, v = views(37, 70, torch.float16)
     check(u, None if symmetric else v, True, dual)

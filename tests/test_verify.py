@@ -23,11 +23,12 @@ def test_every_method_has_a_reference() -> None:
     assert verify.REFERENCES.keys() == METHODS.keys()
 
 
+@pytest.mark.parametrize("method", METHODS)
 def test_the_fused_loss_passes_and_is_plotted(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert verify.verify("simclr", **SMALL, out=tmp_path / "plots")
-    assert (tmp_path / "plots/verify-simclr.png").stat().st_size > 10_000
+    assert verify.verify(method, **SMALL, out=tmp_path / "plots")
+    assert (tmp_path / f"plots/verify-{method}.png").stat().st_size > 10_000
     printed = capsys.readouterr().out
     assert printed.count("│ pass") == 2 + torch.cuda.is_available()
     assert "FAIL" not in printed
@@ -63,10 +64,22 @@ def test_a_wrong_loss_fails(
     assert "torch, float32:" in printed
 
 
+@pytest.mark.parametrize(("method", "weight"), [("barlow", 5.05e-3), ("vicreg", 25.1)])
+def test_a_wrong_weight_fails(method: str, weight: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = METHODS[method].__init__
+
+    def wrong(self: torch.nn.Module, *arguments: object) -> None:
+        right(self, *arguments)
+        self.loss.lambda_param = weight
+
+    monkeypatch.setattr(METHODS[method], "__init__", wrong)
+    assert not verify.verify(method, **SMALL)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"method": "simclear"}, "method must be one of simclr, got 'simclear'"),
+        ({"method": "simclear"}, "method must be one of simclr, barlow, vicreg, got 'simclear'"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"batch_size": 1}, "batch_size must be 2 to 1437, got 1"),
         ({"batch_size": 9999}, "batch_size must be 2 to 1437, got 9999"),
@@ -78,11 +91,12 @@ def test_bad_arguments_are_named(arguments: dict[str, object], message: str) -> 
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled for the GPU here")
+@pytest.mark.parametrize("method", METHODS)
 def test_the_triton_backend_joins_in_the_interpreter(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    method: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert verify.verify("simclr", steps=2)
+    assert verify.verify(method, steps=2)
     printed = capsys.readouterr().out
     assert "triton, float32" in printed
     assert printed.count("│ pass") == 3

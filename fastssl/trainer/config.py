@@ -27,6 +27,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 # Learning rate, which for SGD and LARS is per 256 images of the batch, and weight decay.
 OPTIMIZERS = {"adamw": (1e-3, 1e-4), "sgd": (0.06, 5e-4), "lars": (0.3, 1e-6)}
+# Each is taken by some methods, those that have a default for it.
+LOSS_OPTIONS = ("temperature", "lambda_param", "mu_param", "nu_param")
 
 
 def _option(default: Any, help: str, choices: Any = None, least: float | None = None) -> Any:
@@ -52,9 +54,18 @@ class Config:
     backbone: str = _option(None, "network to pretrain (default by data set)", BACKBONES)
     epochs: int = _option(None, "passes over the images (default by data set)", least=1)
     batch_size: int = _option(None, "images per step (default by data set)", least=2)
-    temperature: float = _option(0.5, "temperature of the contrastive loss")
-    projection_hidden: int = _option(256, "hidden width of the projection head", least=1)
-    projection_dim: int = _option(128, "width of the embeddings the loss sees", least=1)
+    temperature: float = _option(None, "temperature of simclr's loss (default 0.5)")
+    lambda_param: float = _option(
+        None, "weight of barlow's redundancy (default 5e-3), of vicreg's invariance (25)", least=0
+    )
+    mu_param: float = _option(None, "weight of vicreg's variance (default 25)", least=0)
+    nu_param: float = _option(None, "weight of vicreg's covariance (default 1)", least=0)
+    projection_hidden: int = _option(
+        None, "hidden width of the projection head (default by method)", least=1
+    )
+    projection_dim: int = _option(
+        None, "width of the embeddings the loss sees (default by method)", least=1
+    )
     optimizer: str = _option("adamw", "optimiser", OPTIMIZERS)
     lr: float = _option(None, "peak learning rate (default by optimiser and batch)", least=0)
     weight_decay: float = _option(None, "weight decay (default by optimiser)", least=0)
@@ -78,7 +89,14 @@ class Config:
         for option in dataclasses.fields(self):
             value = _checked(option, hints[option.name], getattr(self, option.name))
             setattr(self, option.name, value)
-        if not 0 < self.temperature < math.inf:
+        for name in LOSS_OPTIONS:
+            if getattr(self, name) is not None and name not in METHODS[self.method].defaults:
+                takers = [key for key, method in METHODS.items() if name in method.defaults]
+                raise ValueError(
+                    f"{name} is for method {' or '.join(map(repr, takers))} only, got "
+                    f"{getattr(self, name)} with method {self.method!r}"
+                )
+        if self.temperature is not None and not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be a finite number above 0, got {self.temperature}")
         if self.image_size is not None and self.dataset != "folder":
             raise ValueError(
@@ -95,7 +113,7 @@ class Config:
         """A copy in which every default that depends on another option is filled in."""
         recipe = RECIPES[self.dataset]
         given = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
-        full = {**recipe, **given}
+        full = {**METHODS[self.method].defaults, **recipe, **given}
         lr, weight_decay = OPTIMIZERS[self.optimizer]
         if self.optimizer == "adamw":
             lr *= 5 if full["backbone"] == "cnn" else 1  # a small network takes large steps

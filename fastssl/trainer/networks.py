@@ -1,5 +1,6 @@
 """Backbones, the projection head, and the exported backbone file."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -32,16 +33,26 @@ class CNN(nn.Sequential):
 
 
 class ProjectionHead(nn.Sequential):
-    """The two-layer perceptron between backbone and loss, thrown away after pretraining."""
+    """The perceptron between backbone and loss, thrown away after pretraining."""
 
-    def __init__(self, in_features: int, hidden: int, out_features: int) -> None:
-        super().__init__(
-            nn.Linear(in_features, hidden, bias=False),
-            nn.BatchNorm1d(hidden),
-            nn.ReLU(inplace=True),
-            nn.Linear(hidden, out_features, bias=False),
-            nn.BatchNorm1d(out_features),
-        )
+    def __init__(
+        self,
+        in_features: int,
+        hidden: int,
+        out_features: int,
+        *,
+        layers: int = 2,
+        last_norm: bool = True,
+    ) -> None:
+        widths = [in_features, *[hidden] * (layers - 1), out_features]
+        modules: list[nn.Module] = []
+        for width, following in itertools.pairwise(widths):
+            modules += [
+                nn.Linear(width, following, bias=False),
+                nn.BatchNorm1d(following),
+                nn.ReLU(inplace=True),
+            ]
+        super().__init__(*modules[: -1 if last_norm else -2])
 
 
 def build_backbone(name: str, channels: int, size: int) -> Any:

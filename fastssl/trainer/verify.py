@@ -14,6 +14,7 @@ optimiser is SGD with momentum because its weights, unlike Adam's, follow the gr
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,7 +30,14 @@ from fastssl.trainer.methods import METHODS
 ALLOWANCE = 16.0
 # The plain form of each method's loss, called with what the method gives its own.
 REFERENCES: dict[str, Callable[[Config], Callable[..., Tensor]]] = {
-    "simclr": lambda config: lambda z0, z1: reference.nt_xent(z0, z1, config.temperature),
+    "simclr": lambda config: partial(reference.nt_xent, temperature=config.temperature),
+    "barlow": lambda config: partial(reference.barlow_twins, lambda_param=config.lambda_param),
+    "vicreg": lambda config: partial(
+        reference.vicreg,
+        lambda_param=config.lambda_param,
+        mu_param=config.mu_param,
+        nu_param=config.nu_param,
+    ),
 }
 
 
@@ -116,6 +124,7 @@ def verify(
             method=method,
             backend="auto" if "reference" in backend else backend,
             projection_hidden=64,
+            projection_dim=64,
         ).resolved()
         torch.manual_seed(config.seed)
         model = METHODS[method](
