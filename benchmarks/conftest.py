@@ -1,10 +1,12 @@
-"""Collects what benchmarks measure, prints it as a table and writes it down on request."""
+"""Times losses, prints what was measured as a table and writes it down on request."""
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import measure
 import pytest
+from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results"
 DOCUMENT = pytest.StashKey[dict]()
@@ -31,6 +33,61 @@ def rows(request: pytest.FixtureRequest, rate: float):
         (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
 
 
+@pytest.fixture
+def time_and_memory(benchmark, rows, rate: float) -> Callable[..., None]:
+    """Measure forward and backward of one provider's loss."""
+
+    def run(
+        name: str,
+        provider: str,
+        loss: Callable[..., Tensor],
+        inputs: Sequence[Tensor],
+        *,
+        operations: float,
+        rounds: int,
+        warmup: int = 1,
+    ) -> None:
+        """Add a row: what a step takes, beyond inputs and gradients, and its share of the rate.
+
+        Args:
+            name: The loss.
+            provider: Whose it is.
+            loss: Called with the inputs.
+            inputs: [N, D] each.
+            operations: What the products take that the loss cannot do without.
+            rounds: Steps to time; the median counts.
+            warmup: Steps before them.
+        """
+        leaves = [x.requires_grad_() for x in inputs]
+
+        def step() -> None:
+            for x in leaves:
+                x.grad = None
+            loss(*leaves).backward()
+
+        step()
+        for x in leaves:
+            x.grad = None
+        grown = measure.extra_bytes(step) - sum(x.nbytes for x in leaves)
+        n, d = leaves[0].shape
+        benchmark.group = f"{name}, {n} x {d}"
+        benchmark.pedantic(step, rounds=rounds, warmup_rounds=warmup)
+        seconds = benchmark.stats.stats.median
+        rows.append(
+            {
+                "loss": name,
+                "rows": n,
+                "features": d,
+                "provider": provider,
+                "seconds": seconds,
+                "extra_bytes": max(grown, 0),
+                "share_of_rate": operations / seconds / rate,
+            }
+        )
+
+    return run
+
+
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     document = config.stash.get(DOCUMENT, None)
     if document is None:
@@ -40,11 +97,17 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     write("")
     write(f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}")
     write(f"float32 matrix products: {document['matmul_rate'] / 1e9:.0f} GFLOP/s")
-    ours = {row["case"]: row for row in document["rows"] if row["provider"] == "fastssl"}
-    write(f"{'':26}{'time':>12}{'of fastssl':>12}{'extra memory':>14}{'of rate':>9}")
-    for row in sorted(document["rows"], key=lambda row: list(ours).index(row["case"])):
+    write(f"{'':42}{'time':>11}{'of the first':>13}{'extra memory':>14}{'of rate':>9}")
+
+    def case(row: dict) -> str:
+        return f"{row['loss']} {row['rows']} x {row['features']}"
+
+    first: dict[str, dict] = {}  # of each case; that is ours where others are compared
+    for row in document["rows"]:
+        first.setdefault(case(row), row)
+    for row in sorted(document["rows"], key=lambda row: list(first).index(case(row))):
         write(
-            f"{row['case']:16}{row['provider']:10}{row['seconds'] * 1e3:9.1f} ms"
-            f"{row['seconds'] / ours[row['case']]['seconds']:11.1f}x"
+            f"{case(row):30}{row['provider']:12}{row['seconds'] * 1e3:9.1f} ms"
+            f"{row['seconds'] / first[case(row)]['seconds']:11.1f}x"
             f"{row['extra_bytes'] / 2**20:11.1f} MB{row['share_of_rate']:9.0%}"
         )

@@ -23,43 +23,56 @@ STYLE = {
 }
 
 
-def plot(document: dict, name: str) -> Path:
-    series: dict[str, list[tuple[int, float, float]]] = defaultdict(list)
-    for row in document["rows"]:
-        pairs = int(row["case"].split()[0])
-        series[row["provider"]].append((pairs, row["seconds"], row["extra_bytes"] / 2**20))
+# What is drawn: the losses of a figure, the axis they are drawn against, and what stays fixed.
+FIGURES = {
+    "nt_xent": (["NT-Xent"], "rows", "pairs N", "D = 128", {"features": 128}),
+    "redundancy": (["Barlow Twins", "VICReg"], "features", "features D", "N = 512", {"rows": 512}),
+}
 
+
+def plot(document: dict, name: str, figure_name: str) -> Path:
+    losses, axis_key, axis_label, held, fixed = FIGURES[figure_name]
     plt.rcParams |= {"font.size": 10, "svg.fonttype": "none", "svg.hashsalt": name}
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for provider, points in series.items():
-        colour, marker = STYLE[provider]
-        pairs, seconds, megabytes = zip(*sorted(points), strict=True)
-        for axis, values in zip(axes, (seconds, megabytes), strict=True):
-            axis.loglog(pairs, values, marker=marker, markersize=5, color=colour, label=provider)
-    for axis, label in zip(axes, ("seconds", "extra memory (MiB)"), strict=True):
-        axis.set_xlabel("pairs N")
-        axis.set_ylabel(label)
-        axis.set_xticks(sorted({x for points in series.values() for x, *_ in points}))
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-        axis.xaxis.set_minor_formatter("")
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False)
-    machine = document["machine"]
-    figure.suptitle(
-        f"NT-Xent forward + backward, float32, D = 128, {machine['threads']} CPU threads", size=11
+    figure, axes = plt.subplots(
+        len(losses), 2, figsize=(9, 3.3 * len(losses)), layout="constrained", squeeze=False
     )
-    target = RESULTS / f"{name}.svg"
+    for loss, (time, memory) in zip(losses, axes, strict=True):
+        series: dict[str, list[tuple[int, float, float]]] = defaultdict(list)
+        for row in document["rows"]:
+            if row["loss"] == loss and fixed.items() <= row.items():
+                point = row[axis_key], row["seconds"], row["extra_bytes"] / 2**20
+                series[row["provider"]].append(point)
+        for provider, points in series.items():
+            colour, marker = STYLE[provider]
+            sizes, seconds, megabytes = zip(*sorted(points), strict=True)
+            for axis, values in ((time, seconds), (memory, megabytes)):
+                axis.loglog(
+                    sizes, values, marker=marker, markersize=5, color=colour, label=provider
+                )
+        for axis, label in ((time, "seconds"), (memory, "extra memory (MiB)")):
+            axis.set_xlabel(axis_label)
+            axis.set_ylabel(label)
+            axis.set_title(loss, size=10)
+            axis.set_xticks(sorted({x for points in series.values() for x, *_ in points}))
+            axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+            axis.xaxis.set_minor_formatter("")
+            axis.grid(alpha=0.25)
+            axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].legend(frameon=False)
+    threads = document["machine"]["threads"]
+    figure.suptitle(f"forward + backward, float32, {held}, {threads} CPU threads", size=11)
+    target = RESULTS / f"{name}-{figure_name}.svg"
     figure.savefig(target, metadata={"Date": None})
     return target
 
 
-def table(document: dict) -> str:
+def table(document: dict, loss: str) -> str:
     cases: dict[str, dict[str, dict]] = defaultdict(dict)
     for row in document["rows"]:
-        cases[row["case"]][row["provider"]] = row
+        if row["loss"] == loss:
+            cases[f"{row['rows']} x {row['features']}"][row["provider"]] = row
     lines = [
-        "| pairs x D | " + " | ".join(STYLE) + " | of the matrix-product rate |",
+        f"| {loss}, N x D | " + " | ".join(STYLE) + " | of the matrix-product rate |",
         "|---" * (len(STYLE) + 2) + "|",
     ]
     for case, rows in cases.items():
@@ -75,5 +88,7 @@ def table(document: dict) -> str:
 
 if __name__ == "__main__":
     recorded = json.loads((RESULTS / f"{sys.argv[1]}.json").read_text())
-    print(table(recorded))
-    print(plot(recorded, sys.argv[1]))
+    for chosen, (losses, *_) in FIGURES.items():
+        for loss in losses:
+            print(table(recorded, loss), end="\n\n")
+        print(plot(recorded, sys.argv[1], chosen), end="\n\n")

@@ -6,7 +6,6 @@ from functools import partial
 import pytest
 import torch
 from accuracy import check_accuracy
-from measure import extra_bytes
 
 from fastssl import functional, reference
 
@@ -27,31 +26,18 @@ def provide(provider: str) -> Callable[..., torch.Tensor]:
 
 @pytest.mark.parametrize("provider", ["fastssl", *PEERS_UP_TO])
 @pytest.mark.parametrize("n", SIZES)
-def test_nt_xent(benchmark, rows, rate: float, n: int, provider: str) -> None:
+def test_nt_xent(time_and_memory, n: int, provider: str) -> None:
     if n > PEERS_UP_TO.get(provider, n):
         pytest.skip("the matrix would take more memory than most machines have")
     loss = provide(provider)
     plain = partial(reference.nt_xent, temperature=TEMPERATURE)
     check_accuracy(loss, plain, torch.randn(2, min(n, 512), D).unbind())
-
-    z0, z1 = (z.requires_grad_() for z in torch.randn(2, n, D).unbind())
-
-    def step() -> None:
-        z0.grad = z1.grad = None
-        loss(z0, z1).backward()
-
-    step()
-    z0.grad = z1.grad = None
-    grown = extra_bytes(step) - z0.nbytes - z1.nbytes
-    benchmark.group = f"{n} pairs"
-    benchmark.pedantic(step, rounds=max(2, min(200, 2**17 // n)), warmup_rounds=max(1, 4096 // n))
-    seconds = benchmark.stats.stats.median
-    rows.append(
-        {
-            "case": f"{n} x {D}",
-            "provider": provider,
-            "seconds": seconds,
-            "extra_bytes": max(grown, 0),
-            "share_of_rate": 4 * (2 * n) ** 2 * D / seconds / rate,
-        }
+    time_and_memory(
+        "NT-Xent",
+        provider,
+        loss,
+        torch.randn(2, n, D).unbind(),
+        operations=4 * (2 * n) ** 2 * D,
+        rounds=max(2, min(200, 2**17 // n)),
+        warmup=max(1, 4096 // n),
     )

@@ -51,7 +51,7 @@ def launch_config(kernel, N, D, inputs, dtype, arch, multiprocessors):
     """
     if kernel == "columns":
         # Narrow, so that a few programs share a multiprocessor and hide each other's loads.
-        block_f = 32 if D >= 32 * 4 * multiprocessors else 16
+        block_f = 32 if multiprocessors <= D // 128 else 16
         return {"BLOCK_N": 4096 // block_f, "BLOCK_F": block_f, "num_warps": 8}, 1
 
     half = dtype.itemsize == 2 or arch == "interpreter"
@@ -86,8 +86,8 @@ def launch_config(kernel, N, D, inputs, dtype, arch, multiprocessors):
     return options, 1
 
 
-# A new value must not compile a new kernel. Sizes of rows in memory are left out, whether they are
-# multiples of 16 decides how rows are loaded.
+# A new value must not compile a new kernel. Lengths and bounds of rows in memory are left out:
+# whether they are multiples of 16 decides how wide loads are.
 _COUNTS = ["N", "splits", "count", "sides", "first_partial", "begun"]
 _VECTORS = ["ddiagonal_stride"]
 
@@ -267,7 +267,7 @@ def _gram_kernel(
 
 @triton.jit
 def _merge_tile(shares_ptr, gram_ptr, tile, stride, splits, rows, cols, N, D, mirrored, at):
-    """One tile of a Gram matrix over D from its shares, written; the rows below mirrored twice."""
+    """Sum a tile's shares and write it over D, its rows before ``mirrored`` transposed too."""
     total = tl.zeros([rows.shape[0], cols.shape[0]], tl.float32)
     for split in range(splits):
         total += tl.load(shares_ptr + (tile + stride * split) + at)
@@ -312,21 +312,21 @@ def _gram_merge_kernel(
 @triton.jit(do_not_specialize=_COUNTS)
 def _gram_bwd_kernel(
     gram_ptr, u_ptr, v_ptr, u_mean_ptr, u_factor_ptr, v_mean_ptr, v_factor_ptr, diagonal_ptr, h_ptr,
-    N, K, D, u_stride_n, u_stride_d, v_stride_n, v_stride_d,
+    N, D, gram_stride, u_stride_n, u_stride_d, v_stride_n, v_stride_d,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """h_u = D/N (L/D) û - c_ii v̂, and with u and v, K and L swapped, h_v; K is N, a row of L."""
+    """h_u = D/N (L/D) û - c_ii v̂, and with u and v, K and L swapped, h_v; gram_stride is N."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     feats = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     u_mean = _load_vector(u_mean_ptr, feats, D)
     u_factor = _load_vector(u_factor_ptr, feats, D)
     dtype: tl.constexpr = u_ptr.dtype.element_ty
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for k in range(0, K, BLOCK_K):
+    for k in range(0, gram_stride, BLOCK_K):
         others = k + tl.arange(0, BLOCK_K)
-        gram_at = rows.to(tl.int64)[:, None] * K + others[None, :]
-        mask = (rows < N)[:, None] & (others < K)[None, :]
+        gram_at = rows.to(tl.int64)[:, None] * gram_stride + others[None, :]
+        mask = (rows < N)[:, None] & (others < gram_stride)[None, :]
         gram = tl.load(gram_ptr + gram_at, mask=mask, other=0.0)
         gram = tl.where(rows[:, None] == others[None, :], 0.0, gram)
         u = _load_unit(u_ptr, others, feats, N, D, u_stride_n, u_stride_d, u_mean, u_factor)
@@ -334,7 +334,7 @@ def _gram_bwd_kernel(
         acc = tl.dot(gram, u, acc, input_precision=PRECISION)
 
     # The diagonal of L is the largest part of h and along û, where no gradient passes: in float32.
-    own = tl.load(gram_ptr + rows.to(tl.int64) * (K + 1), mask=rows < N, other=0.0)
+    own = tl.load(gram_ptr + rows.to(tl.int64) * (gram_stride + 1), mask=rows < N, other=0.0)
     u = _load_unit(u_ptr, rows, feats, N, D, u_stride_n, u_stride_d, u_mean, u_factor)
     v_mean = _load_vector(v_mean_ptr, feats, D)
     v_factor = _load_vector(v_factor_ptr, feats, D)
@@ -755,8 +755,8 @@ def _gradient(
             diagonal_ptr=diagonal,
             h_ptr=h,
             N=N,
-            K=N,
             D=D,
+            gram_stride=N,
             **_strides(u=z, v=other),
             PRECISION=_precision(z.dtype, arch),
             **options,

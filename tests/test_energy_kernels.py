@@ -30,7 +30,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     def launch_config(kernel: str, *shape: object) -> tuple[dict[str, int], int]:
         if kernel == "columns":
             return {"BLOCK_N": 16, "BLOCK_F": 32, "num_warps": 4}, 1
-        tile = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1}
+        tile = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1}
         return tile, {"gram": 3, "panel": 32}.get(kernel, 1)
 
     monkeypatch.setattr(energy, "launch_config", launch_config)
@@ -103,7 +103,7 @@ def test_the_tiles_of_a_gpu(symmetric: bool, dual: bool) -> None:
 
 
 @pytest.mark.parametrize(("symmetric", "standardize", "dual"), WAYS)
-@pytest.mark.parametrize("shape", [(2, 1), (2, 3), (17, 1)])
+@pytest.mark.parametrize("shape", [(2, 3), (17, 1)])
 def test_few_samples_and_features(shape, symmetric, standardize, dual) -> None:
     u, v = views(*shape)
     check(u, None if symmetric else v, standardize, dual, eps=0.5)

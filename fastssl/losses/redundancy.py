@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from fastssl.distributed import gather_rows
 from fastssl.losses.checks import check_choice, check_number, check_views
 from fastssl.ops import backend as backends
 from fastssl.ops.energy import cross_energy
@@ -137,6 +138,8 @@ class BarlowTwinsLoss(nn.Module):
 
     Args:
         lambda_param: Weight of the squares off the diagonal.
+        gather_distributed: Whether the batch is that of all ranks of the default process group;
+            without one it makes no difference.
         eps: Positive number added to each feature's variance.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
@@ -151,23 +154,32 @@ class BarlowTwinsLoss(nn.Module):
     """
 
     def __init__(
-        self, lambda_param: float = 5e-3, *, eps: float = 1e-5, backend: str = "auto"
+        self,
+        lambda_param: float = 5e-3,
+        gather_distributed: bool = False,
+        *,
+        eps: float = 1e-5,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
         check_number("lambda_param", lambda_param)
         check_number("eps", eps, positive=True)
         check_choice("backend", backend, backends.BACKENDS)
         self.lambda_param = lambda_param
+        self.gather_distributed = gather_distributed
         self.eps = eps
         self.backend = backend
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
         """Return ``functional.barlow_twins`` of two views' projections [N, D]."""
+        if self.gather_distributed:
+            z_a, z_b = gather_rows(z_a), gather_rows(z_b)
         return barlow_twins(z_a, z_b, self.lambda_param, eps=self.eps, backend=self.backend)
 
     def extra_repr(self) -> str:
         """Show what was chosen."""
-        return f"lambda_param={self.lambda_param}, eps={self.eps}, backend={self.backend!r}"
+        options = ("lambda_param", "gather_distributed", "eps", "backend")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in options)
 
 
 class VICRegLoss(nn.Module):
@@ -177,6 +189,8 @@ class VICRegLoss(nn.Module):
         lambda_param: Weight of the invariance term.
         mu_param: Weight of the variance term.
         nu_param: Weight of the covariance term.
+        gather_distributed: Whether the batch is that of all ranks of the default process group;
+            without one it makes no difference.
         eps: Positive number added to each feature's variance.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
@@ -195,6 +209,7 @@ class VICRegLoss(nn.Module):
         lambda_param: float = 25.0,
         mu_param: float = 25.0,
         nu_param: float = 1.0,
+        gather_distributed: bool = False,
         eps: float = 1e-4,
         *,
         backend: str = "auto",
@@ -208,15 +223,25 @@ class VICRegLoss(nn.Module):
         self.lambda_param = lambda_param
         self.mu_param = mu_param
         self.nu_param = nu_param
+        self.gather_distributed = gather_distributed
         self.eps = eps
         self.backend = backend
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
         """Return ``functional.vicreg`` of two views' projections [N, ..., D]."""
+        if self.gather_distributed:
+            z_a, z_b = gather_rows(z_a), gather_rows(z_b)
         weights = (self.lambda_param, self.mu_param, self.nu_param)
         return vicreg(z_a, z_b, *weights, eps=self.eps, backend=self.backend)
 
     def extra_repr(self) -> str:
         """Show what was chosen."""
-        options = ("lambda_param", "mu_param", "nu_param", "eps", "backend")
+        options = (
+            "lambda_param",
+            "mu_param",
+            "nu_param",
+            "gather_distributed",
+            "eps",
+            "backend",
+        )
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in options)
