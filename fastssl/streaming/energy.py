@@ -110,9 +110,15 @@ def cross_energy_bwd(
     if dual:
         along = along - scale * diagonal
     memories = [_memory(a) for _ in range(3)]
+    if one_tile:
+        squares = u_saved.square()
 
     def gradient(batch: _Batch, other: _Batch, saved: Tensor) -> Tensor:
         out = torch.empty_like(batch.x, memory_format=torch.contiguous_format)
+        if one_tile:  # mean(h u^)
+            means = squares.sum(1 if batch is a else 0)
+        elif not dual:
+            means = saved[N]
         for rows, features in _panels(batch.x, by_rows=one_tile):
             x = batch.read(rows, features, memories[0])
             y = x if other is batch else other.read(rows, features, memories[1])
@@ -126,10 +132,7 @@ def cross_energy_bwd(
             # du^ is centred, to rounding. What is left to be taken off is its part along u^.
             inside = torch.zeros_like(share)
             if standardize:
-                if dual:
-                    mean = (h * x).mean(0)
-                else:
-                    mean = saved.square().sum(1) if one_tile else saved[N, features]
+                mean = (h * x).mean(0) if dual else means[features]
                 inside = scale * mean + share * diagonal[features]
             if y is x:
                 x *= factor * (share - inside)
