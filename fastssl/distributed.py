@@ -13,8 +13,8 @@ from torch import Tensor
 from torch import distributed as dist
 
 
-def gather_rows(x: Tensor) -> Tensor:
-    """Stack the rows of every rank, in the order of ranks.
+def gather_rows(x: Tensor) -> tuple[Tensor, slice]:
+    """Stack the rows of every rank, in the order of ranks, and say which are this rank's.
 
     A loss of the result is the same on each rank, and its backward pass sums over ranks what they
     send back for a row. Ranks may hold different numbers of rows. Without an initialised process
@@ -24,38 +24,40 @@ def gather_rows(x: Tensor) -> Tensor:
         x: [N, ...] this rank's rows, alike on all ranks but for N.
 
     Returns:
-        [sum of N, ...], differentiable once.
+        [sum of N, ...], differentiable once, and the place of x in it.
 
     Example:
-        >>> gather_rows(torch.zeros(4, 2)).shape
+        >>> rows, own = gather_rows(torch.zeros(4, 2))
+        >>> rows[own].shape
         torch.Size([4, 2])
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return x
-    rows: Tensor = _GatherRows.apply(x)
-    return rows
+        return x, slice(0, len(x))
+    counts = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in _ranks()]
+    dist.all_gather(counts, torch.full_like(counts[0], len(x)))
+    sizes = torch.cat(counts).tolist()
+    start = sum(sizes[: dist.get_rank()])
+    own = slice(start, start + len(x))
+    rows: Tensor = _GatherRows.apply(x, sizes, own)
+    return rows, own
 
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        counts = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in _ranks()]
-        dist.all_gather(counts, torch.full_like(counts[0], len(x)))
-        sizes = torch.cat(counts).tolist()
+    def forward(ctx: Any, x: Tensor, sizes: list[int], own: slice) -> Tensor:
+        ctx.own = own
         padded = x.new_zeros(max(sizes), *x.shape[1:])
         padded[: len(x)] = x
         pieces = [torch.empty_like(padded) for _ in _ranks()]
         dist.all_gather(pieces, padded)
-        start = sum(sizes[: dist.get_rank()])
-        ctx.own = slice(start, start + len(x))
         return torch.cat([piece[:size] for piece, size in zip(pieces, sizes, strict=True)])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         total = grad.contiguous().clone()
         dist.all_reduce(total)
-        return total[ctx.own]
+        return total[ctx.own], None, None
 
 
 def _ranks() -> range:

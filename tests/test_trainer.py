@@ -20,7 +20,7 @@ import torchvision
 from PIL import Image
 
 from fastssl.trainer import Config, checkpoint, load_backbone, loop, networks, optim, pretrain
-from fastssl.trainer.config import read_options
+from fastssl.trainer.config import LOSS_OPTIONS, read_options
 from fastssl.trainer.methods import METHODS
 
 TIMES = ("seconds", "images_per_second")
@@ -391,10 +391,11 @@ def test_options_survive_a_file(tmp_path):
 
 def test_every_data_set_has_a_complete_recipe():
     for name in ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "stl10", "folder"):
-        config = Config(dataset=name).resolved()
-        missing = [k for k, v in vars(config).items() if v is None]
-        assert missing == ["image_size", "workers"]
-        assert config.resolved() == config
+        for method, made in METHODS.items():
+            config = Config(dataset=name, method=method).resolved()
+            missing = {k for k, v in vars(config).items() if v is None}
+            assert missing == {"image_size", "workers", *LOSS_OPTIONS} - made.defaults.keys()
+            assert config.resolved() == config
 
 
 def test_learning_rate_follows_the_batch_for_sgd_and_lars():

@@ -8,6 +8,34 @@ import torch
 from torch import Tensor
 
 
+def check_embeddings(
+    name: str, z: Tensor, *, positions: bool = False, letters: str = "N and D"
+) -> None:
+    """Accept a floating-point matrix that is not empty.
+
+    Args:
+        name: The argument's name.
+        z: The tensor.
+        positions: Whether there may be dimensions between the rows and the features.
+        letters: What the dimensions are called.
+
+    Raises:
+        TypeError: z is not a tensor, or not of a supported dtype.
+        ValueError: Its shape does not fit.
+    """
+    if not isinstance(z, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(z).__name__}")
+    if z.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(
+            f"{name} must be float64, float32, bfloat16 or float16, got {_name(z.dtype)}"
+        )
+    if z.dim() < 2 or (z.dim() > 2 and not positions) or 0 in z.shape:
+        shape = f"({letters.replace(' and', ',')}) with {letters} at least 1"
+        if positions:
+            shape = "(N, ..., D), no dimension 0"
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(z.shape)}")
+
+
 def check_views(*, rows: int = 1, positions: bool = False, **views: Tensor) -> None:
     """Accept floating-point matrices that agree in shape, dtype and device and are not empty.
 
@@ -21,15 +49,7 @@ def check_views(*, rows: int = 1, positions: bool = False, **views: Tensor) -> N
         ValueError: Shapes or devices do not fit.
     """
     for name, z in views.items():
-        if not isinstance(z, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(z).__name__}")
-        if z.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-            raise TypeError(
-                f"{name} must be float64, float32, bfloat16 or float16, got {_name(z.dtype)}"
-            )
-        if z.dim() < 2 or (z.dim() > 2 and not positions) or 0 in z.shape:
-            shape = "(N, ..., D), no dimension 0" if positions else "(N, D) with N and D at least 1"
-            raise ValueError(f"{name} must have shape {shape}, got {tuple(z.shape)}")
+        check_embeddings(name, z, positions=positions)
         if len(z) < rows:
             raise ValueError(
                 f"{name} must have at least {rows} rows, since statistics over the batch need "
@@ -98,6 +118,19 @@ def check_number(name: str, value: float, *, positive: bool = False) -> None:
     if not -math.inf < value < math.inf or (positive and value <= 0):
         accepted = "positive and finite" if positive else "finite"
         raise ValueError(f"{name} must be {accepted}, got {value}")
+
+
+def check_count(name: str, value: int) -> None:
+    """Accept a whole number that is not negative.
+
+    Raises:
+        TypeError: value is not a whole number.
+        ValueError: It is negative.
+    """
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a whole number, got {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"{name} must be at least 0, got {value}")
 
 
 def check_choice(name: str, value: str, accepted: Sequence[str]) -> None:

@@ -173,7 +173,7 @@ class BarlowTwinsLoss(nn.Module):
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
         """Return ``functional.barlow_twins`` of two views' projections [N, D]."""
         if self.gather_distributed:
-            z_a, z_b = gather_rows(z_a), gather_rows(z_b)
+            (z_a, _), (z_b, _) = gather_rows(z_a), gather_rows(z_b)
         return barlow_twins(z_a, z_b, self.lambda_param, eps=self.eps, backend=self.backend)
 
     def extra_repr(self) -> str:
@@ -230,7 +230,7 @@ class VICRegLoss(nn.Module):
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
         """Return ``functional.vicreg`` of two views' projections [N, ..., D]."""
         if self.gather_distributed:
-            z_a, z_b = gather_rows(z_a), gather_rows(z_b)
+            (z_a, _), (z_b, _) = gather_rows(z_a), gather_rows(z_b)
         weights = (self.lambda_param, self.mu_param, self.nu_param)
         return vicreg(z_a, z_b, *weights, eps=self.eps, backend=self.backend)
 

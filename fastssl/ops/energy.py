@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fastssl.ops.backend import launchers
 
-# The dual route takes N / D of the operations. `pytest benchmarks -k routes` measures both: on a CPU
-# the dual one is the faster from D = 1.5 N on in every row, that over features up to D = N in most.
+# The dual route takes N / D of the operations. `pytest benchmarks -k routes` measures both: on a
+# CPU it is the faster from D = 1.5 N on in every row, and the other up to D = N in most.
 DUAL_COST = 1.25
 
 
