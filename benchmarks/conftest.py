@@ -17,16 +17,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture(scope="session")
-def rate() -> float:
-    return measure.matmul_rate()
+def rates() -> dict[str, float]:
+    """What the machine can do at best: operations and bytes per second."""
+    return {"matmul_rate": measure.matmul_rate(), "copy_rate": measure.copy_rate()}
 
 
 @pytest.fixture(scope="session")
-def rows(request: pytest.FixtureRequest, rate: float):
+def rows(request: pytest.FixtureRequest, rates: dict[str, float]):
     """Collect one dictionary per measurement; print and record them when all have run."""
     collected: list[dict] = []
     yield collected
-    document = {"machine": measure.describe_machine(), "matmul_rate": rate, "rows": collected}
+    document = {"machine": measure.describe_machine(), **rates, "rows": collected}
     request.config.stash[DOCUMENT] = document
     if name := request.config.getoption("--record"):
         RESULTS.mkdir(exist_ok=True)
@@ -34,8 +35,8 @@ def rows(request: pytest.FixtureRequest, rate: float):
 
 
 @pytest.fixture
-def time_and_memory(benchmark, rows, rate: float) -> Callable[..., None]:
-    """Measure forward and backward of one provider's loss."""
+def time_and_memory(benchmark, rows, rates: dict[str, float]) -> Callable[..., None]:
+    """Measure forward and backward of one provider's loss, or forward alone."""
 
     def run(
         name: str,
@@ -43,11 +44,13 @@ def time_and_memory(benchmark, rows, rate: float) -> Callable[..., None]:
         loss: Callable[..., Tensor],
         inputs: Sequence[Tensor],
         *,
-        operations: float,
+        operations: float = 0,
+        moved: float = 0,
+        backward: bool = True,
         rounds: int,
         warmup: int = 1,
     ) -> None:
-        """Add a row: what a step takes, beyond inputs and gradients, and its share of the rate.
+        """Add a row: what a step takes, beyond inputs and gradients, and its share of the best.
 
         Args:
             name: The loss.
@@ -55,20 +58,24 @@ def time_and_memory(benchmark, rows, rate: float) -> Callable[..., None]:
             loss: Called with the inputs.
             inputs: [N, D] each.
             operations: What the products take that the loss cannot do without.
+            moved: The bytes that it cannot do without reading or writing.
+            backward: Whether the step has a backward pass.
             rounds: Steps to time; the median counts.
             warmup: Steps before them.
         """
-        leaves = [x.requires_grad_() for x in inputs]
+        leaves = [x.requires_grad_(backward) for x in inputs]
 
         def step() -> None:
             for x in leaves:
                 x.grad = None
-            loss(*leaves).backward()
+            result = loss(*leaves)
+            if backward:
+                result.backward()
 
         step()
         for x in leaves:
             x.grad = None
-        grown = measure.extra_bytes(step) - sum(x.nbytes for x in leaves)
+        grown = measure.extra_bytes(step) - sum(x.nbytes for x in leaves if backward)
         n, d = leaves[0].shape
         benchmark.group = f"{name}, {n} x {d}"
         benchmark.pedantic(step, rounds=rounds, warmup_rounds=warmup)
@@ -81,7 +88,8 @@ def time_and_memory(benchmark, rows, rate: float) -> Callable[..., None]:
                 "provider": provider,
                 "seconds": seconds,
                 "extra_bytes": max(grown, 0),
-                "share_of_rate": operations / seconds / rate,
+                "share_of_rate": max(operations / rates["matmul_rate"], moved / rates["copy_rate"])
+                / seconds,
             }
         )
 
@@ -96,7 +104,10 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     machine = document["machine"]
     write("")
     write(f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}")
-    write(f"float32 matrix products: {document['matmul_rate'] / 1e9:.0f} GFLOP/s")
+    write(
+        f"float32 matrix products: {document['matmul_rate'] / 1e9:.0f} GFLOP/s, "
+        f"copies: {document['copy_rate'] / 1e9:.0f} GB/s read and written"
+    )
     write(f"{'':42}{'time':>11}{'of the first':>13}{'extra memory':>14}{'of rate':>9}")
 
     def case(row: dict) -> str:

@@ -24,6 +24,17 @@ def matmul_rate() -> float:
     return 2 * 2048**3 / min(seconds)
 
 
+def copy_rate() -> float:
+    """Bytes per second, read and written, of the best of many copies of a large array."""
+    a, out = torch.randn(2, 2**26).unbind()
+    seconds = []
+    for _ in range(10):
+        start = time.perf_counter()
+        out.copy_(a)
+        seconds.append(time.perf_counter() - start)
+    return 2 * a.nbytes / min(seconds)
+
+
 def extra_bytes(step: Callable[[], None]) -> int:
     """By how much the process grows at most while step runs (Linux with glibc)."""
     ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed must not be found again for nothing

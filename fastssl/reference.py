@@ -4,6 +4,9 @@ Tests, benchmarks and ``fastssl verify`` compare with these functions. They buil
 the fused losses avoid, run in the dtype of their inputs and have derivatives of every order.
 """
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -102,3 +105,50 @@ def vicreg(
         covariance = covariance + (matrices * off_diagonal).square().sum((-2, -1)).mean() / d
     invariance = (z_a - z_b).square().mean()
     return lambda_param * invariance + mu_param * variance + nu_param * covariance
+
+
+def sinkhorn_knopp(
+    scores: Tensor, epsilon: float = 0.05, iterations: int = 3, *, hard: bool = False
+) -> Tensor:
+    """Codes of SwAV (Caron et al. 2020, equation 5): rows sum to 1, prototypes are used alike.
+
+    See ``fastssl.functional.sinkhorn_knopp`` for the arguments. The steps are those of the authors'
+    code, on logarithms, so that no score is too large.
+    """
+    b, k = scores.shape
+    log_q = scores / epsilon
+    log_q = log_q - torch.logsumexp(log_q, (0, 1))
+    for _ in range(iterations):
+        log_q = log_q - torch.logsumexp(log_q, 0) - math.log(k)
+        log_q = log_q - torch.logsumexp(log_q, 1, keepdim=True) - math.log(b)
+    codes = torch.exp(log_q + math.log(b))
+    return torch.nn.functional.one_hot(codes.argmax(1), k).to(codes.dtype) if hard else codes
+
+
+def soft_cross_entropy(logits: Tensor, targets: Tensor, temperature: float = 0.1) -> Tensor:
+    """-sum_k t_bk log softmax(logits_b / temperature)_k of each row, [B]."""
+    return -(targets * torch.log_softmax(logits / temperature, 1)).sum(1)
+
+
+def swav(
+    high_resolution_outputs: Sequence[Tensor],
+    low_resolution_outputs: Sequence[Tensor] = (),
+    queue_outputs: Sequence[Tensor] | None = None,
+    *,
+    temperature: float = 0.1,
+    iterations: int = 3,
+    epsilon: float = 0.05,
+) -> Tensor:
+    """Swapped prediction of SwAV (Caron et al. 2020, equations 1 and 2), over all pairs of crops.
+
+    See ``fastssl.functional.swav`` for the arguments.
+    """
+    crops = [*high_resolution_outputs, *low_resolution_outputs]
+    terms = []
+    for i, scores in enumerate(high_resolution_outputs):
+        with torch.no_grad():
+            rows = scores if queue_outputs is None else torch.cat([scores, queue_outputs[i]])
+            codes = sinkhorn_knopp(rows, epsilon, iterations)[: len(scores)]
+        others = [crop for j, crop in enumerate(crops) if j != i]
+        terms += [soft_cross_entropy(crop, codes, temperature).mean() for crop in others]
+    return torch.stack(terms).mean()

@@ -27,7 +27,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from fastssl.kernels import energy, similarity
+from fastssl.kernels import energy, similarity, sinkhorn, soft_cross_entropy
 
 
 class Target(NamedTuple):
@@ -107,9 +107,49 @@ class Energy(NamedTuple):
         )  # fmt: skip
 
 
-DEFAULTS = {  # which case, and its D and N
-    "similarity": (Similarity, [16, 32, 64, 128, 256, 512], [256, 65536]),
-    "energy": (Energy, [512, 8192], [256, 4096]),
+class Sinkhorn(NamedTuple):
+    """How many iterations of sinkhorn.py; features are prototypes."""
+
+    dtype: str
+    features: int
+    rows: int
+    iterations: int
+
+    module = sinkhorn
+
+    @property
+    def variant(self):
+        """What is printed of it beside dtype and features."""
+        return f"T={self.iterations}"
+
+    def launch(self, x):
+        """Call the launcher on scores x."""
+        sinkhorn.sinkhorn_fwd(x, 0.05, self.iterations)
+
+
+class SoftCrossEntropy(NamedTuple):
+    """The type of the targets of soft_cross_entropy.py; features are classes."""
+
+    dtype: str
+    features: int
+    rows: int
+    variant: str
+
+    module = soft_cross_entropy
+
+    def launch(self, x):
+        """Call the launchers on logits x."""
+        targets, row = x.to(DTYPES[self.variant][0]), torch.empty(self.rows)
+        soft_cross_entropy.soft_cross_entropy_fwd(x, targets, 0.1)
+        soft_cross_entropy.soft_cross_entropy_bwd(row, x, targets, row, 0.1)
+
+
+BOTH = [True, False]
+DEFAULTS = {  # which case, its D and N, and what else it takes
+    "similarity": (Similarity, [16, 32, 64, 128, 256, 512], [256, 65536], BOTH, BOTH),
+    "energy": (Energy, [512, 8192], [256, 4096], ["barlow", "vicreg"], BOTH),
+    "sinkhorn": (Sinkhorn, [64, 3000, 65536], [4096], [0, 2]),
+    "soft_cross_entropy": (SoftCrossEntropy, [64, 3000, 65536], [4096], ["float32", "bfloat16"]),
 }
 
 
@@ -117,7 +157,7 @@ class Row(NamedTuple):
     """A compiled kernel and what it needs."""
 
     target: str
-    case: Similarity | Energy
+    case: Similarity | Energy | Sinkhorn | SoftCrossEntropy
     kernel: str
     options: str
     registers: int
@@ -207,14 +247,15 @@ def main():
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 replaces the compiler: unset it")
 
-    ids = {"both": [False, True], "with": [True], "without": [False]}[chosen.ids]
-    variants = {Similarity: ids, Energy: ["barlow", "vicreg"]}
     cases = []
     for primitive in chosen.primitive:
-        case, widths, sizes = DEFAULTS[primitive]
-        widths, sizes = chosen.features or widths, chosen.rows or sizes
-        arguments = (chosen.dtype, widths, sizes, variants[case], [True, False])
-        cases += itertools.starmap(case, itertools.product(*arguments))
+        case, widths, sizes, *more = DEFAULTS[primitive]
+        widths, sizes, dtypes = chosen.features or widths, chosen.rows or sizes, chosen.dtype
+        if case is Similarity:
+            more[0] = {"both": [False, True], "with": [True], "without": [False]}[chosen.ids]
+        elif case is not Energy:  # they multiply no matrices
+            dtypes = [dtype for dtype in dtypes if dtype != "tf32"]
+        cases += itertools.starmap(case, itertools.product(dtypes, widths, sizes, *more))
     jobs = list(itertools.product(chosen.target, cases))
     seen, misfits = set(), 0
     with tempfile.TemporaryDirectory() as cache:

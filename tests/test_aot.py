@@ -10,6 +10,8 @@ import pytest
 
 similarity = pytest.importorskip("fastssl.kernels.similarity")
 energy = pytest.importorskip("fastssl.kernels.energy")
+sinkhorn = pytest.importorskip("fastssl.kernels.sinkhorn")
+soft_cross_entropy = pytest.importorskip("fastssl.kernels.soft_cross_entropy")
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -44,6 +46,11 @@ def test_barlow_twins_and_vicreg_on_hopper_fit() -> None:
     assert table("--primitive", "energy", "--target", "sm_90", *case)
 
 
+def test_swav_on_hopper_fits() -> None:
+    case = ("--dtype", "bfloat16", "--features", "3000", "--rows", "4096")
+    assert table("--primitive", "sinkhorn", "soft_cross_entropy", "--target", "sm_90", *case)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "features", "rows"),
@@ -70,3 +77,12 @@ def test_every_energy_kernel_fits_every_target(dtype: str) -> None:
         "--primitive", "energy", "--dtype", dtype, "--features", "8192", "--rows", "4096"
     )
     assert targets_and_kernels(compiled) == set(itertools.product(TARGETS, kernels(energy)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_every_clustering_kernel_fits_every_target(dtype: str) -> None:
+    case = ("--dtype", dtype, "--features", "8192", "65536", "--rows", "4096")
+    compiled = table("--primitive", "sinkhorn", "soft_cross_entropy", *case)
+    expected = kernels(sinkhorn) | kernels(soft_cross_entropy)
+    assert targets_and_kernels(compiled) == set(itertools.product(TARGETS, expected))

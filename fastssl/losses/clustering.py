@@ -1,0 +1,284 @@
+"""Losses by which views of an image are assigned to the same prototypes."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastssl.distributed import gather_rows
+from fastssl.losses.checks import check_choice, check_count, check_embeddings, check_number
+from fastssl.ops import backend as backends
+from fastssl.ops.sinkhorn import sinkhorn
+from fastssl.ops.soft_cross_entropy import soft_cross_entropy
+
+
+def sinkhorn_knopp(
+    scores: Tensor,
+    epsilon: float = 0.05,
+    iterations: int = 3,
+    *,
+    differentiable: bool = False,
+    hard: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Codes of SwAV: each sample's weights over prototypes, with all prototypes used alike.
+
+    Equivalent, where the exponentials do not overflow, to::
+
+        q = exp(scores / epsilon).T                                             # K x B
+        q /= q.sum()
+        for _ in range(iterations):
+            q /= q.sum(1, keepdim=True) * K                                     # prototypes
+            q /= q.sum(0, keepdim=True) * B                                     # samples
+        codes = (q * B).T
+
+    Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments",
+    2020, section 3 and algorithm 1. Any finite score is safe. Adding a constant to all scores
+    changes nothing.
+
+    Args:
+        scores: [B, K] similarities of samples and prototypes, float64, float32, bfloat16 or
+            float16.
+        epsilon: Positive number; smaller ones give sharper codes.
+        iterations: Whole number; 0 scales all exponentials to the sum B.
+        differentiable: Whether the codes carry the gradient of the iterations, which PyTorch then
+            unrolls, keeping two matrices of each. SwAV and DINO take codes as constants.
+        hard: Whether each row is rounded to its largest code, which has no gradient.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+
+    Returns:
+        [B, K] codes in the scores' type; from one iteration on, rows sum to 1.
+
+    Raises:
+        TypeError: An argument is of another type or dtype.
+        ValueError: Shapes or values do not fit, or hard codes shall be differentiable.
+        RuntimeError: The backend that was named cannot run here.
+
+    Example:
+        >>> sinkhorn_knopp(torch.randn(8, 5)).sum(1)
+        tensor([1., 1., 1., 1., 1., 1., 1., 1.])
+    """
+    check_embeddings("scores", scores, letters="B and K")
+    check_number("epsilon", epsilon, positive=True)
+    check_count("iterations", iterations)
+    if hard and differentiable:
+        raise ValueError("hard codes have no gradient: give hard=True or differentiable=True")
+    if differentiable:
+        if backend == "triton":
+            raise RuntimeError(
+                "backend='triton' cannot run here: its kernels have no gradient; use "
+                "differentiable=False, or backend='torch' or 'auto'"
+            )
+        check_choice("backend", backend, backends.BACKENDS)
+        return _unrolled(scores, epsilon, iterations)
+    chosen = backends.resolve(backend, scores)
+    codes = sinkhorn(scores, epsilon=float(epsilon), iterations=iterations, backend=chosen)
+    if hard:
+        return torch.zeros_like(codes).scatter_(1, codes.argmax(1, keepdim=True), 1)
+    return codes
+
+
+def swav(
+    high_resolution_outputs: Sequence[Tensor],
+    low_resolution_outputs: Sequence[Tensor] = (),
+    queue_outputs: Sequence[Tensor] | None = None,
+    *,
+    temperature: float = 0.1,
+    iterations: int = 3,
+    epsilon: float = 0.05,
+    gather_distributed: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Swapped prediction of SwAV: each crop predicts the codes of the global crops.
+
+    Equivalent to::
+
+        for i, scores in enumerate(high_resolution_outputs):
+            rows = scores if queue_outputs is None else cat([scores, queue_outputs[i]])
+            codes = sinkhorn_knopp(rows, epsilon, iterations)[:B]               # no gradient
+            for j, crop in enumerate(high_resolution_outputs + low_resolution_outputs):
+                if j != i:
+                    terms += -(codes * log_softmax(crop / temperature, 1)).sum(1).mean()
+
+    and their mean. Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster
+    Assignments", 2020, equations 1 and 2. The cross-entropy is linear in its targets: a crop is
+    read once, against the sum of the codes that it predicts.
+
+    Args:
+        high_resolution_outputs: Two or more [B, K] prototype scores, one of each global crop.
+        low_resolution_outputs: Any number of [B, K] scores, one of each local crop.
+        queue_outputs: For each global crop [M, K] scores of earlier samples, which take part in the
+            assignment and are dropped from the result; or None.
+        temperature: Positive number, of the predictions.
+        iterations: Of Sinkhorn-Knopp.
+        epsilon: Positive number, of Sinkhorn-Knopp.
+        gather_distributed: Whether samples of all ranks of the default process group take part in
+            the assignment; without one it makes no difference.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+
+    Returns:
+        0-dim loss; float64 for float64 scores, else float32.
+
+    Raises:
+        TypeError: An argument is of another type or dtype.
+        ValueError: Shapes, numbers of crops or values do not fit.
+        RuntimeError: The backend that was named cannot run here.
+
+    Example:
+        >>> crops = torch.randn(8, 4, 5).unbind()
+        >>> swav(crops[:2], crops[2:]).shape
+        torch.Size([])
+    """
+    high, low = list(high_resolution_outputs), list(low_resolution_outputs)
+    queue = None if queue_outputs is None else list(queue_outputs)
+    _check_crops(high, low, queue)
+    check_number("temperature", temperature, positive=True)
+    chosen = backends.resolve(backend, high[0])
+
+    codes = []
+    for i, scores in enumerate(high):
+        rows = scores.detach()
+        if queue is not None:
+            rows = torch.cat([rows, queue[i].detach()])
+        own = slice(0, len(rows))
+        if gather_distributed:
+            rows, own = gather_rows(rows)
+        found = sinkhorn_knopp(rows, epsilon, iterations, backend=backend)
+        codes.append(found[own][: len(scores)])
+
+    others = [[x for j, x in enumerate(codes) if j != i] for i in range(len(high))]
+    pairs = [(crop, sum(rest[1:], rest[0])) for crop, rest in zip(high, others, strict=True)]
+    everything = sum(codes[1:], codes[0])
+    pairs += [(crop, everything) for crop in low]
+    total = torch.stack(
+        [
+            soft_cross_entropy(crop, target, temperature=float(temperature), backend=chosen).sum()
+            for crop, target in pairs
+        ]
+    ).sum()
+    return total / (len(high) * (len(pairs) - 1) * len(high[0]))
+
+
+class SwaVLoss(nn.Module):
+    """SwAV as a module, in the place of lightly's ``SwaVLoss``.
+
+    Args:
+        temperature: Positive number, of the predictions.
+        sinkhorn_iterations: Whole number.
+        sinkhorn_epsilon: Positive number.
+        sinkhorn_gather_distributed: Whether samples of all ranks of the default process group take
+            part in the assignment; without one it makes no difference.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+
+    Raises:
+        TypeError: An argument is of another type.
+        ValueError: An argument's value is not accepted.
+
+    Example:
+        >>> criterion = SwaVLoss()
+        >>> crops = torch.randn(8, 4, 5, requires_grad=True).unbind()
+        >>> criterion(crops[:2], crops[2:]).backward()
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        sinkhorn_iterations: int = 3,
+        sinkhorn_epsilon: float = 0.05,
+        sinkhorn_gather_distributed: bool = False,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        check_number("temperature", temperature, positive=True)
+        check_count("sinkhorn_iterations", sinkhorn_iterations)
+        check_number("sinkhorn_epsilon", sinkhorn_epsilon, positive=True)
+        check_choice("backend", backend, backends.BACKENDS)
+        self.temperature = temperature
+        self.sinkhorn_iterations = sinkhorn_iterations
+        self.sinkhorn_epsilon = sinkhorn_epsilon
+        self.sinkhorn_gather_distributed = sinkhorn_gather_distributed
+        self.backend = backend
+
+    def forward(
+        self,
+        high_resolution_outputs: Sequence[Tensor],
+        low_resolution_outputs: Sequence[Tensor],
+        queue_outputs: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """Return ``functional.swav`` of the crops' scores [B, K], in shape (1,) as lightly does."""
+        return swav(
+            high_resolution_outputs,
+            low_resolution_outputs,
+            queue_outputs,
+            temperature=self.temperature,
+            iterations=self.sinkhorn_iterations,
+            epsilon=self.sinkhorn_epsilon,
+            gather_distributed=self.sinkhorn_gather_distributed,
+            backend=self.backend,
+        ).reshape(1)
+
+    def extra_repr(self) -> str:
+        """Show what was chosen."""
+        options = (
+            "temperature",
+            "sinkhorn_iterations",
+            "sinkhorn_epsilon",
+            "sinkhorn_gather_distributed",
+            "backend",
+        )
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in options)
+
+
+def _unrolled(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
+    """Codes with their gradient, in PyTorch on logarithms."""
+    B, K = scores.shape
+    with torch.autocast(scores.device.type, enabled=False):
+        log_codes = scores.to(torch.promote_types(scores.dtype, torch.float32)) / epsilon
+        log_codes = log_codes - log_codes.logsumexp((0, 1))
+        for _ in range(iterations):
+            log_codes = log_codes - log_codes.logsumexp(0) - math.log(K)
+            log_codes = log_codes - log_codes.logsumexp(1, keepdim=True) - math.log(B)
+        return (log_codes + math.log(B)).exp().to(scores.dtype)
+
+
+def _check_crops(high: list[Tensor], low: list[Tensor], queue: list[Tensor] | None) -> None:
+    """Accept crops of one shape, dtype and device, and a queue that goes with them."""
+    if len(high) < 2:
+        raise ValueError(
+            f"high_resolution_outputs must hold at least 2 tensors, one a crop, got {len(high)}"
+        )
+    for name, crops in (("high_resolution_outputs", high), ("low_resolution_outputs", low)):
+        for i, crop in enumerate(crops):
+            check_embeddings(f"{name}[{i}]", crop, letters="B and K")
+            for what in ("shape", "dtype", "device"):
+                got, expected = getattr(crop, what), getattr(high[0], what)
+                if got != expected:
+                    raise ValueError(
+                        f"{name}[{i}] must have the {what} of high_resolution_outputs[0], "
+                        f"{_shown(expected)}, got {_shown(got)}"
+                    )
+    if queue is None:
+        return
+    if len(queue) != len(high):
+        raise ValueError(
+            f"queue_outputs must hold {len(high)} tensors, one for each of "
+            f"high_resolution_outputs, got {len(queue)}"
+        )
+    for i, scores in enumerate(queue):
+        check_embeddings(f"queue_outputs[{i}]", scores, letters="M and K")
+        if scores.shape[1] != high[0].shape[1]:
+            raise ValueError(
+                f"queue_outputs[{i}] must have {high[0].shape[1]} columns, one a prototype, as the "
+                f"crops have, got shape {tuple(scores.shape)}"
+            )
+        if (scores.dtype, scores.device) != (high[0].dtype, high[0].device):
+            raise ValueError(
+                f"queue_outputs[{i}] must have dtype and device of the crops, {high[0].dtype} on "
+                f"{high[0].device}, got {scores.dtype} on {scores.device}"
+            )
+
+
+def _shown(x: object) -> object:
+    return tuple(x) if isinstance(x, torch.Size) else x

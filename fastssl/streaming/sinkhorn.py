@@ -1,0 +1,103 @@
+"""Sinkhorn-Knopp of prototype scores, a block of rows at a time in PyTorch.
+
+With x = scores / epsilon [B, K], potentials g of the prototypes and f of the samples:
+
+    g_k = -log K - log sum_b exp(x_bk + f_b)        f_b = -log B - log sum_k exp(x_bk + g_k)
+
+Prototypes first, from f = 0. After the last f the codes are B exp(x_bk + f_b + g_k).
+
+Where all scores lie within RANGE of each other, exp(x - max x) is a float32 number. It is then
+taken once, and an iteration is two products with it: with exp(g) for the sums over k, with exp(f)
+for those over b. All terms are positive, so no digit is lost. Wider scores stay in the log domain
+and take their exponentials anew in every sweep. Either way a block of rows is in a core's cache
+while it gives its samples' f and its share of the next g.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+BLOCK = 2**19  # numbers of a block of rows
+RANGE = 60.0  # potentials spread no wider than x: exp(RANGE) and its inverse are float32 numbers
+
+
+def sinkhorn_fwd(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
+    """Return the codes [B, K] in scores' type."""
+    # To read the range is free on a CPU; on another device it would be a host synchronisation.
+    if scores.device.type == "cpu":
+        low, high = (x.item() for x in torch.aminmax(scores))
+        if (high - low) / epsilon <= RANGE:
+            return _scaled(scores, epsilon, iterations, high)
+    return _log_domain(scores, epsilon, iterations)
+
+
+def _scaled(scores: Tensor, epsilon: float, iterations: int, high: float) -> Tensor:
+    """Return the codes, with exp(x - max x) in their memory until the end."""
+    (B, K), dtype = scores.shape, torch.promote_types(scores.dtype, torch.float32)
+    codes = torch.empty_like(scores, dtype=dtype, memory_format=torch.contiguous_format)
+    sums = codes.new_zeros(K)
+    for rows in _blocks(scores):
+        block = torch.sub(scores[rows].to(dtype), high, out=codes[rows]).div_(epsilon).exp_()
+        sums += block.sum(0)
+    if not iterations:
+        return codes.mul_(B / sums.sum()).to(scores.dtype)
+    for t in range(iterations):
+        to_prototypes = (K * sums).reciprocal_()
+        sums = torch.zeros_like(sums)
+        for rows in _blocks(scores):
+            block = codes[rows]
+            to_samples = (B * (block @ to_prototypes)).reciprocal_()
+            if t + 1 < iterations:
+                sums += to_samples @ block
+            else:
+                block.mul_(to_prototypes).mul_(B * to_samples[:, None])
+    return codes.to(scores.dtype)
+
+
+def _log_domain(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
+    """Return the codes, whatever the scores.
+
+    g is kept as -top, a column's largest x, and the rest. x - top, rounded at most once, is a small
+    number where codes are not nothing; so are f and what the rest grows by, which both come from
+    sums over x + g and not over x.
+    """
+    (B, K), dtype = scores.shape, torch.promote_types(scores.dtype, torch.float32)
+    total = torch.zeros(K, dtype=dtype, device=scores.device)
+    top = torch.full_like(total, -torch.inf)
+    for rows in _blocks(scores):
+        _merge(top, total, scores[rows].to(dtype) / epsilon)
+    codes = torch.empty_like(scores, memory_format=torch.contiguous_format)
+    if not iterations:
+        largest = top.max()
+        everything = (total * (top - largest).exp()).sum().log()
+        for rows in _blocks(scores):
+            x = scores[rows].to(dtype) / epsilon
+            codes[rows] = x.sub_(largest).sub_(everything).exp_().mul_(B)
+        return codes
+    rest = -(total.log() + math.log(K))
+    for t in range(iterations):
+        above, total = torch.full_like(top, -torch.inf), torch.zeros_like(total)
+        for rows in _blocks(scores):
+            x = (scores[rows].to(dtype) / epsilon).sub_(top).add_(rest)
+            x -= torch.logsumexp(x, dim=1, keepdim=True)
+            if t + 1 < iterations:
+                _merge(above, total, x.sub_(math.log(B)))
+            else:
+                codes[rows] = x.exp_()
+        rest = rest - (above + total.log() + math.log(K))
+    return codes
+
+
+def _merge(top: Tensor, total: Tensor, x: Tensor) -> None:
+    """Take x [R, K] into the columns' maxima and sums of exponentials [K], in place."""
+    larger = torch.maximum(top, x.amax(0))
+    total.mul_((top - larger).exp_()).add_((x - larger).exp_().sum(0))
+    top.copy_(larger)
+
+
+def _blocks(scores: Tensor) -> Iterator[slice]:
+    B, K = scores.shape
+    size = max(1, BLOCK // K)
+    return (slice(start, min(start + size, B)) for start in range(0, B, size))
