@@ -6,7 +6,7 @@ With x = scores / epsilon [B, K], potentials g of the prototypes and f of the sa
 
 Prototypes first, from f = 0. After the last f the codes are B exp(x_bk + f_b + g_k).
 
-Where all scores lie within RANGE of each other, exp(x - max x) is a float32 number. It is then
+Where each sample's x lies within RANGE of its largest, exp(x - max) is a float32 number. It is then
 taken once, and an iteration is two products with it: with exp(g) for the sums over k, with exp(f)
 for those over b. All terms are positive, so no digit is lost. Wider scores stay in the log domain
 and take their exponentials anew in every sweep. Either way a block of rows is in a core's cache
@@ -27,32 +27,39 @@ def sinkhorn_fwd(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
     """Return the codes [B, K] in scores' type."""
     # To read the range is free on a CPU; on another device it would be a host synchronisation.
     if scores.device.type == "cpu":
-        low, high = (x.item() for x in torch.aminmax(scores))
-        if (high - low) / epsilon <= RANGE:
+        low, high = torch.aminmax(
+            scores.to(torch.promote_types(scores.dtype, torch.float32)), dim=1
+        )
+        if (high - low).max().item() / epsilon <= RANGE:
             return _scaled(scores, epsilon, iterations, high)
     return _log_domain(scores, epsilon, iterations)
 
 
-def _scaled(scores: Tensor, epsilon: float, iterations: int, high: float) -> Tensor:
-    """Return the codes, with exp(x - max x) in their memory until the end."""
-    (B, K), dtype = scores.shape, torch.promote_types(scores.dtype, torch.float32)
+def _scaled(scores: Tensor, epsilon: float, iterations: int, high: Tensor) -> Tensor:
+    """Return the codes, with exp(x - max x) of each sample in their memory until the end.
+
+    high [B] holds the samples' largest scores. What a sample's f loses by it, it never notices:
+    only the first sums, where f is 0, and codes without any iteration need it back.
+    """
+    (B, K), dtype = scores.shape, high.dtype
     codes = torch.empty_like(scores, dtype=dtype, memory_format=torch.contiguous_format)
+    to_samples = ((high - high.max()) / epsilon).exp_()
     sums = codes.new_zeros(K)
     for rows in _blocks(scores):
-        block = torch.sub(scores[rows].to(dtype), high, out=codes[rows]).div_(epsilon).exp_()
-        sums += block.sum(0)
+        block = torch.sub(scores[rows].to(dtype), high[rows, None], out=codes[rows])
+        sums += to_samples[rows] @ block.mul_(1 / epsilon).exp_()
     if not iterations:
-        return codes.mul_(B / sums.sum()).to(scores.dtype)
+        return codes.mul_(to_samples[:, None] * (B / sums.sum())).to(scores.dtype)
     for t in range(iterations):
         to_prototypes = (K * sums).reciprocal_()
         sums = torch.zeros_like(sums)
         for rows in _blocks(scores):
             block = codes[rows]
-            to_samples = (B * (block @ to_prototypes)).reciprocal_()
+            to_samples = (block @ to_prototypes).reciprocal_()
             if t + 1 < iterations:
-                sums += to_samples @ block
+                sums += to_samples @ block / B
             else:
-                block.mul_(to_prototypes).mul_(B * to_samples[:, None])
+                block.mul_(to_prototypes).mul_(to_samples[:, None])
     return codes.to(scores.dtype)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-BLOCK = 2**18  # numbers of a block of rows
+BLOCK = 2**19  # numbers of a block of rows
 
 
 def soft_cross_entropy_fwd(
