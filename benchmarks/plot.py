@@ -72,7 +72,7 @@ def table(document: dict, loss: str) -> str:
         if row["loss"] == loss:
             cases[f"{row['rows']} x {row['features']}"][row["provider"]] = row
     lines = [
-        f"| {loss}, N x D | " + " | ".join(STYLE) + " | of the matrix-product rate |",
+        f"| {loss} | " + " | ".join(STYLE) + " | of the machine's rate |",
         "|---" * (len(STYLE) + 2) + "|",
     ]
     for case, rows in cases.items():
@@ -88,7 +88,10 @@ def table(document: dict, loss: str) -> str:
 
 if __name__ == "__main__":
     recorded = json.loads((RESULTS / f"{sys.argv[1]}.json").read_text())
-    for chosen, (losses, *_) in FIGURES.items():
-        for loss in losses:
+    losses = list(dict.fromkeys(row["loss"] for row in recorded["rows"]))
+    for loss in losses:
+        if not loss.endswith("routes"):
             print(table(recorded, loss), end="\n\n")
-        print(plot(recorded, sys.argv[1], chosen), end="\n\n")
+    for chosen, (drawn, *_) in FIGURES.items():
+        if set(drawn) <= set(losses):
+            print(plot(recorded, sys.argv[1], chosen))
