@@ -31,15 +31,36 @@ def gather_rows(x: Tensor) -> tuple[Tensor, slice]:
         >>> rows[own].shape
         torch.Size([4, 2])
     """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    sizes = _sizes(x)
+    if len(sizes) == 1:
         return x, slice(0, len(x))
-    counts = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in _ranks()]
-    dist.all_gather(counts, torch.full_like(counts[0], len(x)))
-    sizes = torch.cat(counts).tolist()
     start = sum(sizes[: dist.get_rank()])
     own = slice(start, start + len(x))
     rows: Tensor = _GatherRows.apply(x, sizes, own)
     return rows, own
+
+
+def rows_per_rank(x: Tensor) -> float:
+    """How many rows a rank holds on average: what a rank's sum is divided by, for the rule above.
+
+    Args:
+        x: [N, ...] this rank's rows.
+
+    Returns:
+        The mean of N over ranks; N itself without an initialised process group.
+    """
+    sizes = _sizes(x)
+    return sum(sizes) / len(sizes)
+
+
+def _sizes(x: Tensor) -> list[int]:
+    """The number of rows of each rank."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [len(x)]
+    counts = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in _ranks()]
+    dist.all_gather(counts, torch.full_like(counts[0], len(x)))
+    sizes: list[int] = torch.cat(counts).tolist()
+    return sizes
 
 
 class _GatherRows(torch.autograd.Function):

@@ -10,9 +10,18 @@ from torch import nn
 import fastssl
 
 SIZES = [5, 9]  # rows of each rank
+
+
+def swav(gather_distributed: bool = False):
+    """SwAV of two global crops and a local one."""
+    loss = fastssl.SwaVLoss(sinkhorn_gather_distributed=gather_distributed)
+    return lambda z_a, z_b: loss([z_a, z_b], [z_a + z_b])[0]
+
+
 MODULES = {
-    "barlow_twins": lambda **options: fastssl.BarlowTwinsLoss(**options),
-    "vicreg": lambda **options: fastssl.VICRegLoss(**options),
+    "barlow_twins": fastssl.BarlowTwinsLoss,
+    "vicreg": fastssl.VICRegLoss,
+    "swav": swav,
 }
 
 

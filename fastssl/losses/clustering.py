@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fastssl.distributed import gather_rows
+from fastssl.distributed import gather_rows, rows_per_rank
 from fastssl.losses.checks import check_choice, check_count, check_embeddings, check_number
 from fastssl.ops import backend as backends
 from fastssl.ops.sinkhorn import sinkhorn
@@ -138,13 +138,13 @@ def swav(
 
     codes = []
     for i, scores in enumerate(high):
-        rows = scores.detach()
+        assigned = scores.detach()
         if queue is not None:
-            rows = torch.cat([rows, queue[i].detach()])
-        own = slice(0, len(rows))
+            assigned = torch.cat([assigned, queue[i].detach()])
+        own = slice(0, len(assigned))
         if gather_distributed:
-            rows, own = gather_rows(rows)
-        found = sinkhorn_knopp(rows, epsilon, iterations, backend=backend)
+            assigned, own = gather_rows(assigned)
+        found = sinkhorn_knopp(assigned, epsilon, iterations, backend=backend)
         codes.append(found[own][: len(scores)])
 
     others = [[x for j, x in enumerate(codes) if j != i] for i in range(len(high))]
@@ -157,7 +157,8 @@ def swav(
             for crop, target in pairs
         ]
     ).sum()
-    return total / (len(high) * (len(pairs) - 1) * len(high[0]))
+    rows = rows_per_rank(high[0]) if gather_distributed else len(high[0])
+    return total / (len(high) * (len(pairs) - 1) * rows)
 
 
 class SwaVLoss(nn.Module):
