@@ -225,7 +225,7 @@ def compile_case(name, case):
     arch = mock.Mock(return_value=(name, target.multiprocessors))
     with (
         mock.patch.object(case.module, "target", arch),
-        mock.patch.object(case.module, "_launch", launch),
+        mock.patch.object(case.module, "launch", launch),
         torch.device("meta"),
     ):
         case.launch(torch.empty(case.rows, case.features, dtype=dtype))

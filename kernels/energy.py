@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastssl.kernels.similarity import _launch, _precision, _splits, target
+from fastssl.kernels.launch import launch, precision_of, splits_of, target
 
 CONSTANT = tl.constexpr(2.0**100)  # local factor of a constant feature: above that of any other
 SMALLEST_NORMAL = tl.constexpr(2.0**-126)
@@ -78,7 +78,7 @@ def launch_config(kernel, N, D, inputs, dtype, arch, multiprocessors):
     if kernel == "gram":
         blocks = triton.cdiv(N, block)
         steps = triton.cdiv(D, options["BLOCK_K"])
-        return options, _splits(inputs * blocks * (blocks + 1) // 2, steps, multiprocessors)
+        return options, splits_of(inputs * blocks * (blocks + 1) // 2, steps, multiprocessors)
     if kernel == "panel":
         # As many rows as give each multiprocessor a few tiles in every product that they are in.
         fill = triton.cdiv(4 * multiprocessors * block * block, min(N, D))
@@ -516,7 +516,7 @@ def _statistics(u, v, eps, standardize, precision, options):
     symmetric = v is None
     diagonal, u_mean, u_factor = (u.new_empty(D, dtype=torch.float32) for _ in range(3))
     v_mean, v_factor = (u.new_empty(0 if symmetric else D, dtype=torch.float32) for _ in range(2))
-    _launch(
+    launch(
         _moments_kernel,
         (triton.cdiv(D, options["BLOCK_F"]),),
         u_ptr=u,
@@ -537,7 +537,7 @@ def _statistics(u, v, eps, standardize, precision, options):
     if not standardize:
         u_local, v_local = u_factor, v_factor
         u_factor, v_factor = torch.empty_like(u_local), torch.empty_like(v_local)
-        _launch(
+        launch(
             _common_factor_kernel,
             (triton.cdiv(D, 1024),),
             u_local_ptr=u_local,
@@ -562,7 +562,7 @@ def _gram_fwd(operands, u_gram, v_gram, symmetric, precision, config):
     sub = min(block, 64)
     shares = u_gram.new_empty(splits, inputs, pairs, block, block)
     partials = u_gram.new_empty((block // sub) ** 2, pairs)
-    _launch(
+    launch(
         _gram_kernel,
         (pairs, splits, inputs),
         **operands,
@@ -571,7 +571,7 @@ def _gram_fwd(operands, u_gram, v_gram, symmetric, precision, config):
         PRECISION=precision,
         **options,
     )
-    _launch(
+    launch(
         _gram_merge_kernel,
         (pairs, block // sub, block // sub),
         shares_ptr=shares,
@@ -611,7 +611,7 @@ def _panels_fwd(operands, h_u, h_v, symmetric, save, precision, config):
             triton.cdiv(outs[1] - outs[0], product_options["BLOCK_N"]),
         )
         z = operands[f"{name}_ptr"]
-        _launch(
+        launch(
             _panel_product_kernel,
             product_grid,
             z_ptr=z,
@@ -636,7 +636,7 @@ def _panels_fwd(operands, h_u, h_v, symmetric, save, precision, config):
 
     first_partial = 0
     for (start, stop), first_col, grid in zip(panels, first_cols, grids, strict=True):
-        _launch(
+        launch(
             _panel_kernel,
             grid,
             **operands,
@@ -688,7 +688,7 @@ def cross_energy_fwd(u, v, eps, standardize, dual, save):
     (N, D), symmetric = u.shape, v is None
     arch, multiprocessors = target(u.device)
     config = (N, D, 1 if symmetric else 2, u.dtype, arch, multiprocessors)
-    precision = _precision(u.dtype, arch)
+    precision = precision_of(u.dtype, arch)
     with torch.cuda.device_of(u):
         options, _ = launch_config("columns", *config)
         u_mean, u_factor, v_mean, v_factor, diagonal = _statistics(
@@ -715,7 +715,7 @@ def cross_energy_fwd(u, v, eps, standardize, dual, save):
         else:
             partials = _panels_fwd(operands, *saved, save, precision, config)
         energy = partials.new_empty(())
-        _launch(
+        launch(
             _energy_kernel,
             (1,),
             partials_ptr=partials,
@@ -742,7 +742,7 @@ def _gradient(
     if dual:
         options, _ = launch_config("gram_bwd", *config)
         h = torch.empty(N, D, dtype=torch.float32, device=device)
-        _launch(
+        launch(
             _gram_bwd_kernel,
             (triton.cdiv(N, options["BLOCK_M"]), triton.cdiv(D, options["BLOCK_N"])),
             gram_ptr=saved,
@@ -758,12 +758,12 @@ def _gradient(
             D=D,
             gram_stride=N,
             **_strides(u=z, v=other),
-            PRECISION=_precision(z.dtype, arch),
+            PRECISION=precision_of(z.dtype, arch),
             **options,
         )
     dz = torch.empty(N, D, dtype=z.dtype, device=device)
     options, _ = launch_config("columns", *config)
-    _launch(
+    launch(
         _standardize_bwd_kernel,
         (triton.cdiv(D, options["BLOCK_F"]),),
         h_ptr=h,

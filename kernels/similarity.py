@@ -22,20 +22,11 @@ import torch
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
+from fastssl.kernels.launch import LN2, LOG2E, launch, precision_of, splits_of, target
+
 NORM_EPS = tl.constexpr(1e-12)  # a row of this length or less counts as zero
 UNSHIFTED_SCALE = tl.constexpr(48.0)  # exp(+-s), its sums and their inverses are float32 numbers
 FP16_WEIGHT = tl.constexpr(16384.0)  # a float16 row's largest weight; the sum of two is in range
-
-
-def target(device):
-    """Architecture and number of multiprocessors of a device; the interpreter has few."""
-    if device.type == "cpu":
-        return "interpreter", 4
-    properties = torch.cuda.get_device_properties(device)
-    arch = getattr(properties, "gcnArchName", f"sm_{properties.major}{properties.minor}")
-    return arch.split(":")[0], properties.multi_processor_count
 
 
 @lru_cache(maxsize=1024)
@@ -91,7 +82,7 @@ def launch_config(kernel, rows, columns, D, dtype, ids, arch, multiprocessors):
             options["BLOCK_N"] = 32
         options["BLOCK_OUT"] = block_d if whole else min(block_d, 128)
         programs *= triton.cdiv(D, options["BLOCK_OUT"])
-    return options, _splits(programs, triton.cdiv(columns, options["BLOCK_N"]), slots)
+    return options, splits_of(programs, triton.cdiv(columns, options["BLOCK_N"]), slots)
 
 
 def _blocks_per_group(blocks, slots):
@@ -107,17 +98,6 @@ def _blocks_per_group(blocks, slots):
 
     sizes = {triton.cdiv(blocks, groups) for groups in range(1, min(blocks, 64) + 1)}
     return min(sorted(sizes), key=tiles)
-
-
-def _splits(programs, col_blocks, slots):
-    """Into how many shares the columns are cut so that programs fill the slots, at most twice."""
-
-    def tiles(splits):
-        waves = triton.cdiv(programs * splits, slots)
-        finish = 4 if splits > 1 else 0
-        return waves * (triton.cdiv(col_blocks, splits) + 2) + finish
-
-    return min(range(1, max(1, min(col_blocks, 2 * slots // programs)) + 1), key=tiles)
 
 
 # Counts and vector strides: a new value must not compile a new kernel.
@@ -713,23 +693,11 @@ def _similarity_lse_bwd_finish_kernel(
     )  # fmt: skip
 
 
-def _precision(dtype, arch):
-    if dtype == torch.float32 and arch.startswith("sm_") and int(arch[3:]) >= 80:
-        chosen = torch.backends.cuda.matmul.fp32_precision  # torch's own switch
-        chosen = torch.backends.fp32_precision if chosen == "none" else chosen
-        return "tf32" if chosen == "tf32" else "tf32x3"
-    return "ieee"
-
-
-def _launch(kernel, grid, **arguments):
-    kernel[grid](**arguments, enable_fp_fusion=True)
-
-
 def _rnorms(x, y, x_rnorm, y_rnorm, positive, scale):
     D = x.shape[1]
     block_d = min(256, max(16, triton.next_power_of_2(D)))
     block_m = 4096 // block_d
-    _launch(
+    launch(
         _rnorm_kernel,
         (triton.cdiv(max(len(x), len(y)), block_m),),
         x_ptr=x,
@@ -755,7 +723,7 @@ def _finish_lse(parts, scale, positive):
     """Return lse, top and total [M] of the sums and maxima in parts [2, parts, M]."""
     _, count, M = parts.shape
     lse, top, total = (parts.new_empty(M) for _ in range(3))
-    _launch(
+    launch(
         _lse_finish_kernel,
         (triton.cdiv(M, 64),),
         parts_ptr=parts,
@@ -798,7 +766,7 @@ def two_view_lse_fwd(z0, z1, scale, ids):
     parts = torch.empty(2, groups, 2 * N, dtype=torch.float32, device=device)
     with torch.cuda.device_of(z0):
         _rnorms(z0, z1, rnorm, rnorm[N:], positive, scale)
-        _launch(
+        launch(
             _two_view_lse_fwd_kernel,
             (groups * (groups + 1) // 2,),
             z0_ptr=z0,
@@ -815,7 +783,7 @@ def two_view_lse_fwd(z0, z1, scale, ids):
             z1_stride_n=z1.stride(0),
             z1_stride_d=z1.stride(1),
             D=D,
-            PRECISION=_precision(z0.dtype, arch),
+            PRECISION=precision_of(z0.dtype, arch),
             **options,
         )
         return *_finish_lse(parts, scale, positive), rnorm, rnorm.new_empty(0, 0)
@@ -845,7 +813,7 @@ def similarity_lse_fwd(q, k, scale, row_ids, col_ids):
     parts = torch.empty(2, splits, M, dtype=torch.float32, device=device)
     with torch.cuda.device_of(q):
         _rnorms(q, k, q_rnorm, k_rnorm, None, scale)
-        _launch(
+        launch(
             _similarity_lse_fwd_kernel,
             (triton.cdiv(M, options["BLOCK_M"]), splits),
             x_ptr=q,
@@ -864,7 +832,7 @@ def similarity_lse_fwd(q, k, scale, row_ids, col_ids):
             y_stride_n=k.stride(0),
             y_stride_d=k.stride(1),
             D=D,
-            PRECISION=_precision(q.dtype, arch),
+            PRECISION=precision_of(q.dtype, arch),
             **options,
         )
         return *_finish_lse(parts, scale, None), q_rnorm, k_rnorm
@@ -894,7 +862,7 @@ def _gradient(
         peak = torch.linalg.vector_norm(dlse, ord=float("inf"))
     if col_weight:
         weight = torch.empty_like(total)
-        _launch(
+        launch(
             _similarity_lse_weight_kernel,
             (triton.cdiv(len(total), 256),),
             total_ptr=total,
@@ -928,7 +896,7 @@ def _gradient(
     }
     out_chunks = triton.cdiv(D, options["BLOCK_OUT"])
     row_blocks = triton.cdiv(M, options["BLOCK_M"])
-    _launch(
+    launch(
         _similarity_lse_bwd_kernel,
         (len(views) * row_blocks, splits, out_chunks),
         **shared | options,
@@ -944,14 +912,14 @@ def _gradient(
         N=N,
         first_block=views[0] * row_blocks,
         dlse_stride=dlse.stride(0),
-        PRECISION=_precision(x.dtype, arch),
+        PRECISION=precision_of(x.dtype, arch),
         ROW_WEIGHT=row_weight,
         COL_WEIGHT=col_weight,
     )
     if splits > 1:
         block_m = max(1, 4096 // options["BLOCK_OUT"])
         row_blocks = triton.cdiv(M, block_m)
-        _launch(
+        launch(
             _similarity_lse_bwd_finish_kernel,
             (len(views) * row_blocks, out_chunks),
             **shared,

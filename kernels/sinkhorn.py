@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastssl.kernels.similarity import LOG2E, _launch, target
+from fastssl.kernels.launch import LOG2E, launch, target
 
 WIDEST = 8192  # columns of a row that is kept in registers
 WORKSPACE = 2**21  # numbers: 8 MiB
@@ -291,7 +291,7 @@ def sinkhorn_fwd(scores, epsilon, iterations):
         options, rows = launch_config("column", *config)
         shares = triton.cdiv(B, rows)
         parts = torch.empty(2 if f is None else 1, shares, K, dtype=torch.float32, device=device)
-        _launch(
+        launch(
             _sinkhorn_column_kernel,
             (triton.cdiv(K, options["BLOCK_K"]), shares),
             **matrix,
@@ -307,7 +307,7 @@ def sinkhorn_fwd(scores, epsilon, iterations):
     def merge(parts):
         options, _ = launch_config("merge", *config)
         following = torch.empty(K, dtype=torch.float32, device=device)
-        _launch(
+        launch(
             _sinkhorn_merge_kernel,
             (triton.cdiv(K, options["BLOCK_K"]),),
             parts_ptr=parts,
@@ -328,7 +328,7 @@ def sinkhorn_fwd(scores, epsilon, iterations):
             largest = tops.amax()
             total = (totals * torch.exp((tops - largest) / epsilon)).sum()
             options, rows = launch_config("codes", *config)
-            _launch(
+            launch(
                 _sinkhorn_codes_kernel,
                 (triton.cdiv(B, rows), triton.cdiv(K, options["BLOCK_K"])),
                 **matrix,
@@ -344,7 +344,7 @@ def sinkhorn_fwd(scores, epsilon, iterations):
             for left in reversed(range(iterations)):
                 rest = merge(parts)
                 parts = torch.empty(shares, K, dtype=torch.float32, device=device) if left else None
-                _launch(
+                launch(
                     _sinkhorn_row_kernel,
                     (shares,),
                     **matrix,
@@ -360,7 +360,7 @@ def sinkhorn_fwd(scores, epsilon, iterations):
             for left in reversed(range(iterations)):
                 rest = merge(column_parts())
                 f = torch.empty(B, dtype=torch.float32, device=device) if left else None
-                _launch(
+                launch(
                     _sinkhorn_wide_row_kernel,
                     (triton.cdiv(B, rows),),
                     **matrix,

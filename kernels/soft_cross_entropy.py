@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastssl.kernels.similarity import LN2, LOG2E, _launch, target
+from fastssl.kernels.launch import LN2, LOG2E, launch, target
 from fastssl.kernels.sinkhorn import _COUNTS, _tile
 
 WIDEST = 16384  # columns of a row that is kept in registers
@@ -179,7 +179,7 @@ def soft_cross_entropy_fwd(logits, targets, temperature):
     )
     with torch.cuda.device_of(logits):
         grid, arguments = _arguments("fwd", logits, targets, temperature)
-        _launch(_soft_cross_entropy_fwd_kernel, grid, **arguments, loss_ptr=loss, lse_ptr=lse)
+        launch(_soft_cross_entropy_fwd_kernel, grid, **arguments, loss_ptr=loss, lse_ptr=lse)
     return loss, lse
 
 
@@ -200,7 +200,7 @@ def soft_cross_entropy_bwd(dloss, logits, targets, lse, temperature):
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     with torch.cuda.device_of(logits):
         grid, arguments = _arguments("bwd", logits, targets, temperature)
-        _launch(
+        launch(
             _soft_cross_entropy_bwd_kernel,
             grid,
             **arguments,
