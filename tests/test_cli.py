@@ -91,6 +91,11 @@ def test_the_command_line_overrides_the_file(folder, capsys):
         ("pretrain --dataset digit", "did you mean 'digits'?"),
         ("pretrain --epochs ten", "argument --epochs: invalid int value: 'ten'"),
         ("pretrain --epoch 3", "unrecognized arguments: --epoch 3"),
+        ("pretrain --prototypes 9", "prototypes is for method 'swav' only, got 9 with method"),
+        (
+            "pretrain --method swav --local-scale-min 0.9",
+            "local_scale_min must be at most local_scale_max (0.6), got 0.9",
+        ),
         ("pretrain --temperature 0", "temperature must be a finite number above 0, got 0.0"),
         ("pretrain --config nothing.yaml", "config file nothing.yaml cannot be read"),
         ("pretrain --config words.yaml", "config file words.yaml must hold lines such as"),

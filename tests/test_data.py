@@ -233,7 +233,8 @@ def test_default_views_have_the_size_of_the_network(name):
 
 
 def views_of_digits(seed=0):
-    return augment.Views(data.load("digits").train, augment.default("digits", 16), 2, seed)
+    transforms = [augment.default("digits", 16)] * 2
+    return augment.Views(data.load("digits").train, transforms, seed)
 
 
 def test_views_follow_from_seed_epoch_and_index_alone():
@@ -245,6 +246,43 @@ def test_views_follow_from_seed_epoch_and_index_alone():
     assert not torch.equal(first[0], first[1])
     assert not torch.equal(first[0], views[4, 5][0])
     assert not torch.equal(first[0], views_of_digits(seed=1)[3, 5][0])
+
+
+def test_views_of_several_sizes_are_batched_by_transform():
+    transforms = [augment.default("digits", size, (0.2, 0.5)) for size in (16, 9, 12, 9)]
+    views = augment.Views(data.load("digits").train, transforms, seed=0)
+    batch = next(iter(DataLoader(views, batch_sampler=augment.Batches(20, 4, 0, 0, 1))))
+    assert [view.shape for view in batch] == [(4, 1, size, size) for size in (16, 9, 12, 9)]
+    assert not torch.equal(batch[1], batch[3])
+
+
+def test_a_crop_shows_as_much_of_a_digit_as_was_asked():
+    ramp = torch.arange(64, dtype=torch.uint8).expand(1, 64, 64)
+    crop = augment.default("mnist", 64, (0.2, 0.4))
+    for seed in range(20):
+        spans = []  # of the columns, and by the same crop of the rows
+        for image in (ramp, ramp.mT):
+            torch.manual_seed(seed)
+            view = crop(image).int()
+            spans.append((view.max() - view.min() + 1) / 64)
+        assert 0.17 < spans[0] * spans[1] < 0.43  # to whole pixels
+
+
+def test_a_digit_of_which_all_shall_be_seen_is_moved_as_by_default():
+    image = data.load("digits").train[0][0]
+    for seed in range(3):
+        views = []
+        for scale in (None, (1.0, 1.0)):
+            torch.manual_seed(seed)
+            views.append(augment.default("digits", 16, scale)(image))
+        assert torch.equal(*views)
+
+
+@pytest.mark.parametrize("name", data.STATISTICS)
+def test_crops_have_the_size_that_was_asked(name):
+    channels = len(data.STATISTICS[name][0])
+    image = torch.randint(0, 256, (channels, 32, 40), dtype=torch.uint8)
+    assert augment.default(name, 9, (0.1, 0.4))(image).shape == (channels, 9, 9)
 
 
 def test_making_views_leaves_the_random_state_alone():

@@ -80,9 +80,9 @@ RESULTS = {
 }
 
 
-def make_run(folder: Path, *files: str) -> Path:
+def make_run(folder: Path, *files: str, **options: object) -> Path:
     folder.mkdir()
-    Config(epochs=3, out=str(folder)).resolved().save(folder / "config.yaml")
+    Config(epochs=3, out=str(folder), **options).resolved().save(folder / "config.yaml")
     if "history" in files:
         (folder / "metrics.csv").write_text(HISTORY)
     if "backbone" in files:
@@ -171,6 +171,26 @@ def test_a_part_of_a_run_has_a_report(tmp_path: Path, files: tuple[str, ...], sa
     page = Page(report.write_report(make_run(tmp_path / "run", *files)).read_text())
     assert says in page.text
     assert page.open == []
+
+
+def test_a_run_with_prototypes_tells_how_they_are_used(
+    tmp_path: Path, whole: tuple[Path, str]
+) -> None:
+    run = make_run(tmp_path / "run", method="swav", prototypes=50, local_crops=3, local_size=9)
+    columns = ("prototypes_used,code_entropy,mean_code_entropy", "12,3.5,3.9", "40,2.5,3.8")
+    lines = zip(HISTORY.splitlines(), (*columns, "47,1.25,3.7"), strict=True)
+    (run / "metrics.csv").write_text("\n".join(",".join(pair) for pair in lines))
+    html = report.write_report(run).read_text()
+    page = Page(html)
+    assert page.open == []
+    assert len(page.figures) == 9  # loss, accuracy, four monitors, three of the prototypes
+    assert "47 of 50 prototypes are the first choice of some image" in page.text
+    assert "spread as over 3.5 of them" in page.text  # exp(1.25)
+    assert "prototypes in use by epoch: from 12 to 47" in html
+    assert html.count("16 px") == 8 * 2
+    assert html.count("9 px") == 8 * 3
+    assert "prototypes" not in Page(whole[1]).text
+    assert " px" not in Page(whole[1]).text
 
 
 def test_a_collapse_is_told(tmp_path: Path) -> None:

@@ -20,10 +20,20 @@ import torchvision
 from PIL import Image
 
 from fastssl.trainer import Config, checkpoint, load_backbone, loop, networks, optim, pretrain
-from fastssl.trainer.config import LOSS_OPTIONS, read_options
+from fastssl.trainer.config import METHOD_OPTIONS, read_options
 from fastssl.trainer.methods import METHODS
 
 TIMES = ("seconds", "images_per_second")
+# Small networks, and all that a method does within a few epochs of four steps.
+SMALL = {
+    "simclr": {},
+    "barlow": {"projection_hidden": 64, "projection_dim": 16},
+    "vicreg": {"projection_hidden": 64, "projection_dim": 16},
+    "swav": {
+        **{"projection_hidden": 64, "projection_dim": 16, "prototypes": 8, "local_crops": 2},
+        **{"freeze_epochs": 1, "queue_length": 20, "queue_start": 1},
+    },
+}
 
 
 @pytest.fixture(scope="session")
@@ -114,8 +124,7 @@ def test_a_run_leaves_everything_behind(tiny):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_training_learns(tiny, method):
-    small = {"projection_hidden": 64, "projection_dim": 16} if method != "simclr" else {}
-    run = pretrain(Config(**tiny(method=method, epochs=12, lr=2e-3, **small)))
+    run = pretrain(Config(**tiny(method=method, epochs=12, lr=2e-3, **SMALL[method])))
     first, last = run.history[0], run.history[-1]
     assert last["loss"] < 0.9 * first["loss"]
     assert last["alignment"] < first["alignment"]
@@ -124,12 +133,34 @@ def test_training_learns(tiny, method):
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "simclr"])
 def test_every_other_method_resumes_bit_for_bit(tiny, tmp_path, at_step, method):
-    options = {"method": method, "projection_hidden": 32, "projection_dim": 48}
+    options = {"method": method, **SMALL[method]}
     whole = pretrain(Config(**tiny(**options)))
     options["out"] = str(tmp_path / "interrupted")
     at_step(5, lambda trainer: os.kill(os.getpid(), signal.SIGINT))
     assert not pretrain(Config(**tiny(**options))).complete
     assert_same_result(pretrain(Config(**tiny(**options)), resume=True), whole)
+
+
+def test_swav_keeps_its_prototypes_while_they_are_frozen_and_then_uses_its_queue(tiny, tmp_path):
+    runs = {}
+    for name, changes in {"queue": {}, "none": {"queue_length": 0}, "late": {"epochs": 1}}.items():
+        options = {"method": "swav", **SMALL["swav"], "epochs": 2, **changes}
+        runs[name] = pretrain(Config(**tiny(**options, out=str(tmp_path / name))))
+    fresh = loop.Trainer(Config(**tiny(method="swav", **SMALL["swav"], out=str(tmp_path / "0"))))
+    start = torch.nn.functional.normalize(fresh.method.prototypes.weight.detach())
+    torch.testing.assert_close(weights(runs["late"])["prototypes.weight"], start)
+    assert not torch.allclose(weights(runs["queue"])["prototypes.weight"], start, atol=1e-3)
+    losses = {name: [row["loss"] for row in run.history] for name, run in runs.items()}
+    assert losses["queue"][0] == losses["none"][0]
+    assert losses["queue"][1] != losses["none"][1]
+
+
+def test_swav_reports_its_prototypes_each_epoch(tiny, capsys):
+    run = pretrain(Config(**tiny(method="swav", **SMALL["swav"])))
+    assert capsys.readouterr().out.count("prototypes used ") == 3
+    for row in run.history:
+        assert 1 <= row["prototypes_used"] <= 8
+        assert 0 < row["code_entropy"] <= row["mean_code_entropy"] <= math.log(8) + 1e-6
 
 
 def test_the_same_seed_gives_the_same_weights_whatever_the_workers(tiny, tmp_path):
@@ -394,7 +425,7 @@ def test_every_data_set_has_a_complete_recipe():
         for method, made in METHODS.items():
             config = Config(dataset=name, method=method).resolved()
             missing = {k for k, v in vars(config).items() if v is None}
-            assert missing == {"image_size", "workers", *LOSS_OPTIONS} - made.defaults.keys()
+            assert missing == {"image_size", "workers", *METHOD_OPTIONS} - made.defaults.keys()
             assert config.resolved() == config
 
 
@@ -432,13 +463,26 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path):
         ({"temperature": "warm"}, "temperature must be a number, got 'warm'"),
         (
             {"method": "barlow", "temperature": 0.1},
-            "temperature is for method 'simclr' only, got 0.1 with method 'barlow'",
+            "temperature is for method 'simclr' or 'swav' only, got 0.1 with method 'barlow'",
         ),
         (
             {"lambda_param": 0.1},
             "lambda_param is for method 'barlow' or 'vicreg' only, got 0.1 with method 'simclr'",
         ),
         ({"method": "vicreg", "nu_param": -1}, "nu_param must be at least 0 and finite, got -1"),
+        ({"prototypes": 9}, "prototypes is for method 'swav' only, got 9 with method 'simclr'"),
+        ({"method": "swav", "prototypes": 1}, "prototypes must be at least 2 and finite, got 1"),
+        ({"method": "swav", "epsilon": 0}, "epsilon must be a finite number above 0, got 0"),
+        ({"method": "swav", "queue_length": -1}, "queue_length must be at least 0 .* got -1"),
+        ({"method": "swav", "local_size": 3}, "local_size must be at least 4 and finite, got 3"),
+        (
+            {"method": "swav", "local_scale_min": 0.5, "local_scale_max": 0.4},
+            r"local_scale_min must be at most local_scale_max \(0.4\), got 0.5",
+        ),
+        (
+            {"method": "swav", "global_scale_min": 1.5},
+            "global_scale_min must be a share of the area, above 0 to 1, got 1.5",
+        ),
         ({"lr": math.inf}, "lr must be at least 0 and finite, got inf"),
         ({"weight_decay": -1}, "weight_decay must be at least 0 and finite, got -1"),
         ({"out": 3}, "out must be a string, got 3"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastssl import NTXentLoss
+from fastssl import NTXentLoss, SwaVLoss
 from fastssl.functional import nt_xent
 from fastssl.trainer import verify
 from fastssl.trainer.methods import METHODS
@@ -64,22 +64,38 @@ def test_a_wrong_loss_fails(
     assert "torch, float32:" in printed
 
 
-@pytest.mark.parametrize(("method", "weight"), [("barlow", 5.05e-3), ("vicreg", 25.1)])
-def test_a_wrong_weight_fails(method: str, weight: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("method", "option", "value"),
+    [
+        ("barlow", "lambda_param", 5.05e-3),
+        ("vicreg", "lambda_param", 25.1),
+        ("swav", "temperature", 0.1001),
+        ("swav", "sinkhorn_epsilon", 0.0501),
+    ],
+)
+def test_a_wrong_option_fails(
+    method: str, option: str, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     right = METHODS[method].__init__
 
     def wrong(self: torch.nn.Module, *arguments: object) -> None:
         right(self, *arguments)
-        self.loss.lambda_param = weight
+        setattr(self.loss, option, value)
 
     monkeypatch.setattr(METHODS[method], "__init__", wrong)
     assert not verify.verify(method, **SMALL)
 
 
+def test_a_queue_that_is_left_out_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = SwaVLoss.forward
+    monkeypatch.setattr(SwaVLoss, "forward", lambda self, high, low, queue: right(self, high, low))
+    assert not verify.verify("swav", **SMALL)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"method": "simclear"}, "method must be one of simclr, barlow, vicreg, got 'simclear'"),
+        ({"method": "simclear"}, "method must be one of .*vicreg, swav, got 'simclear'"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"batch_size": 1}, "batch_size must be 2 to 1437, got 1"),
         ({"batch_size": 9999}, "batch_size must be 2 to 1437, got 9999"),

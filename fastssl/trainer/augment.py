@@ -4,7 +4,7 @@ Both follow from (seed, epoch, index) alone: neither the number of workers nor w
 resumed changes them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -17,11 +17,17 @@ from fastssl.trainer.data import Item
 Key = tuple[int, int]  # epoch, index
 
 
-def default(dataset: str, size: int) -> v2.Transform:
+def default(dataset: str, size: int, scale: tuple[float, float] | None = None) -> v2.Transform:
     """The random augmentation of a data set: uint8 [C, H, W] -> uint8 [C, size, size].
 
-    Digit-like images are moved, sheared, seen from an angle and blurred; colour images are
-    augmented as in SimCLR.
+    Digit-like images are moved, sheared, seen from an angle and blurred, or else cropped; colour
+    images are augmented as in SimCLR.
+
+    Args:
+        dataset: Its name.
+        size: Side of a view.
+        scale: The least and the largest share of the image's area that a view shows; (0.2, 1) for
+            colour images and (1, 1), which does not crop, for digit-like ones if None.
     """
     blur = v2.GaussianBlur(size // 20 * 2 + 3, sigma=(0.1, 2.0))
     if dataset in ("digits", "mnist", "fashion-mnist"):
@@ -31,12 +37,14 @@ def default(dataset: str, size: int) -> v2.Transform:
             v2.RandomApply([v2.RandomPerspective(0.3, p=1.0)], p=0.3),
             v2.RandomApply([blur], p=0.3),
         ]
+        if scale and scale != (1.0, 1.0):
+            steps = [v2.RandomResizedCrop(size, scale=scale, antialias=True)]
         if dataset == "fashion-mnist":
             steps.append(v2.RandomHorizontalFlip())
         return v2.Compose(steps)
     return v2.Compose(
         [
-            v2.RandomResizedCrop(size, scale=(0.2, 1.0), antialias=True),
+            v2.RandomResizedCrop(size, scale=scale or (0.2, 1.0), antialias=True),
             v2.RandomHorizontalFlip(),
             v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
             v2.RandomGrayscale(0.2),
@@ -46,18 +54,18 @@ def default(dataset: str, size: int) -> v2.Transform:
 
 
 class Views(Dataset[list[Tensor]]):
-    """Several random views of an image, by (epoch, index)."""
+    """A random view of an image for each transform, by (epoch, index)."""
 
     def __init__(
-        self, images: Dataset[Item], transform: v2.Transform, count: int, seed: int
+        self, images: Dataset[Item], transforms: Sequence[v2.Transform], seed: int
     ) -> None:
-        self.images, self.transform, self.count, self.seed = images, transform, count, seed
+        self.images, self.transforms, self.seed = images, transforms, seed
 
     def __getitem__(self, key: Key) -> list[Tensor]:
         image, _ = self.images[key[1]]
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(_mix(self.seed, *key))
-            return [self.transform(image) for _ in range(self.count)]
+            return [transform(image) for transform in self.transforms]
 
 
 class Batches(Sampler[list[Key]]):

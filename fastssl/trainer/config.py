@@ -28,7 +28,11 @@ RECIPES: dict[str, dict[str, Any]] = {
 # Learning rate, which for SGD and LARS is per 256 images of the batch, and weight decay.
 OPTIMIZERS = {"adamw": (1e-3, 1e-4), "sgd": (0.06, 5e-4), "lars": (0.3, 1e-6)}
 # Each is taken by some methods, those that have a default for it.
-LOSS_OPTIONS = ("temperature", "lambda_param", "mu_param", "nu_param")
+METHOD_OPTIONS = (
+    *("temperature", "lambda_param", "mu_param", "nu_param", "epsilon", "prototypes"),
+    *("freeze_epochs", "queue_length", "queue_start"),
+    *("local_crops", "local_size", "local_scale_min", "local_scale_max", "global_scale_min"),
+)
 
 
 def _option(default: Any, help: str, choices: Any = None, least: float | None = None) -> Any:
@@ -54,12 +58,34 @@ class Config:
     backbone: str = _option(None, "network to pretrain (default by data set)", BACKBONES)
     epochs: int = _option(None, "passes over the images (default by data set)", least=1)
     batch_size: int = _option(None, "images per step (default by data set)", least=2)
-    temperature: float = _option(None, "temperature of simclr's loss (default 0.5)")
+    temperature: float = _option(
+        None, "temperature of the loss of simclr (default 0.5) and swav (0.1)"
+    )
     lambda_param: float = _option(
         None, "weight of barlow's redundancy (default 5e-3), of vicreg's invariance (25)", least=0
     )
     mu_param: float = _option(None, "weight of vicreg's variance (default 25)", least=0)
     nu_param: float = _option(None, "weight of vicreg's covariance (default 1)", least=0)
+    prototypes: int = _option(None, "swav's prototypes (default by data set)", least=2)
+    epsilon: float = _option(None, "of swav's codes: smaller is sharper (default by data set)")
+    freeze_epochs: int = _option(
+        None, "epochs in which swav's prototypes stay as they are (default 1)", least=0
+    )
+    queue_length: int = _option(
+        None, "earlier images in swav's assignment, 0 for none (default by data set)", least=0
+    )
+    queue_start: int = _option(None, "epochs before swav's queue is used (default 15)", least=0)
+    local_crops: int = _option(
+        None, "swav's local crops of an image (default by data set)", least=0
+    )
+    local_size: int = _option(None, "side of a local crop (default by data set)", least=4)
+    local_scale_min: float = _option(
+        None, "least share of an image's area in a local crop (default by data set)"
+    )
+    local_scale_max: float = _option(None, "largest share (default by data set)")
+    global_scale_min: float = _option(
+        None, "least share in a global crop, 1 for no crop (default by data set)"
+    )
     projection_hidden: int = _option(
         None, "hidden width of the projection head (default by method)", least=1
     )
@@ -89,31 +115,47 @@ class Config:
         for option in dataclasses.fields(self):
             value = _checked(option, hints[option.name], getattr(self, option.name))
             setattr(self, option.name, value)
-        for name in LOSS_OPTIONS:
+        for name in METHOD_OPTIONS:
             if getattr(self, name) is not None and name not in METHODS[self.method].defaults:
                 takers = [key for key, method in METHODS.items() if name in method.defaults]
                 raise ValueError(
                     f"{name} is for method {' or '.join(map(repr, takers))} only, got "
                     f"{getattr(self, name)} with method {self.method!r}"
                 )
-        if self.temperature is not None and not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature must be a finite number above 0, got {self.temperature}")
+        for name in ("temperature", "epsilon"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a finite number above 0, got {value}")
+        for name in ("local_scale_min", "local_scale_max", "global_scale_min"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f"{name} must be a share of the area, above 0 to 1, got {value}")
+        if (self.local_scale_min or 0) > (self.local_scale_max or 1):
+            raise ValueError(
+                f"local_scale_min must be at most local_scale_max ({self.local_scale_max}), "
+                f"got {self.local_scale_min}"
+            )
         if self.image_size is not None and self.dataset != "folder":
             raise ValueError(
                 f"image_size is for dataset 'folder' only, got {self.image_size} "
                 f"with dataset {self.dataset!r}"
             )
-        epochs = self.epochs or RECIPES[self.dataset]["epochs"]
+        epochs = self.epochs or self._recipe()["epochs"]
         if self.warmup_epochs is not None and self.warmup_epochs >= epochs:
             raise ValueError(
                 f"warmup_epochs must be less than epochs ({epochs}), got {self.warmup_epochs}"
             )
 
+    def _recipe(self) -> dict[str, Any]:
+        """The defaults of the method and of the data set, and those of the one on the other."""
+        method = METHODS[self.method]
+        of_both = method.recipes.get(self.dataset, {})
+        return {**method.defaults, **RECIPES[self.dataset], **of_both}
+
     def resolved(self) -> "Config":
         """A copy in which every default that depends on another option is filled in."""
-        recipe = RECIPES[self.dataset]
         given = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
-        full = {**METHODS[self.method].defaults, **recipe, **given}
+        full = {**self._recipe(), **given}
         lr, weight_decay = OPTIMIZERS[self.optimizer]
         if self.optimizer == "adamw":
             lr *= 5 if full["backbone"] == "cnn" else 1  # a small network takes large steps

@@ -232,8 +232,7 @@ class Trainer:
         return DataLoader(
             augment.Views(
                 self.data.pretrain,
-                augment.default(config.dataset, self.data.size),
-                self.method.views,
+                self.method.views(config, self.data.size),
                 config.seed,
             ),
             batch_sampler=augment.Batches(
@@ -258,11 +257,13 @@ class Trainer:
             for view in views
         ]
         self.method.train()
+        self.method.before_step(self.step, self.per_epoch)
         precision = getattr(torch, self.config.precision)
         with torch.autocast(self.device.type, precision, enabled=precision != torch.float32):
             loss, embeddings = self.method(images)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
+        self.method.after_backward()
         finite = loss.detach()
         if not self.scaler.is_enabled():  # the scaler itself skips a step whose gradient overflows
             gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
@@ -306,7 +307,8 @@ class Trainer:
             )
             row["knn_accuracy"] = evaluate.knn_accuracy(train_x, train_y, test_x, test_y)
         z0, z1 = (z.detach().float() for z in embeddings)
-        row |= evaluate.embedding_statistics(z0, z1)
+        measured = self.method.end_epoch()
+        row |= evaluate.embedding_statistics(z0, z1) | measured
         self.history.append(row)
         self.loss_sum, self.seconds = 0.0, 0.0
 
@@ -320,9 +322,10 @@ class Trainer:
         checkpoint.write(self.out / "metrics.csv", table.getvalue().encode())
         checkpoint.save(self.out, self.state())
         knn = "" if row["knn_accuracy"] is None else f"  kNN {row['knn_accuracy']:.1%}"
+        own = "".join(f"{name.replace('_', ' ')} {x:.3g}  " for name, x in measured.items())
         return (
             f"epoch {epoch}/{self.config.epochs}  loss {row['loss']:.4f}{knn}  "
-            f"effective rank {row['effective_rank']:.0f}  {rate:.0f} images/s"
+            f"effective rank {row['effective_rank']:.0f}  {own}{rate:.0f} images/s"
         )
 
 

@@ -4,6 +4,7 @@ import base64
 import csv
 import dataclasses
 import io
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from torch.utils.data import Subset
 from fastssl.trainer import augment, checkpoint, evaluate, networks
 from fastssl.trainer.config import Config
 from fastssl.trainer.data import Data, Files
+from fastssl.trainer.methods import METHODS
 
 # Petroff 2021 (arXiv:2107.02270): ten colours that people with any colour vision tell apart.
 COLORS: list[str] = [
@@ -56,6 +58,23 @@ MONITORS = {
     "uniformity": (
         "uniformity (log potential)",
         "How evenly all images spread over the sphere: lower is better. 0: all in one point.",
+    ),
+}
+PROTOTYPES = {
+    "prototypes_used": (
+        "prototypes in use",
+        "How many are the first choice of some image of the epoch. "
+        "The dotted line is all there are.",
+    ),
+    "code_entropy": (
+        "entropy of an image's code",
+        "Among how many prototypes an image is shared: 0 is a single one, the dotted line all of "
+        "them alike.",
+    ),
+    "mean_code_entropy": (
+        "entropy of the mean code",
+        "How evenly the images of the epoch are spread over the prototypes. "
+        "The dotted line is perfectly evenly.",
     ),
 }
 FILES = {
@@ -268,7 +287,7 @@ def _training(
             ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
             ax.margins(y=0.12)
             low, high = ax.get_ylim()
-            if name in MONITORS:  # from zero, which is where a collapse leads
+            if name in MONITORS or name in PROTOTYPES:  # from zero, which is where a collapse leads
                 ax.set_ylim(min(low, 0), max(1.08 * high, 0.1))
 
         return _figure(draw, f"{label} by epoch: from {values[0]:.3g} to {values[-1]:.3g}", 2.8)
@@ -294,7 +313,19 @@ def _training(
         + f" at the end the standard deviation is {std:.2f} and the effective rank {rank:.0f} of "
         f"{config.projection_dim}."
     )
-    return {"curves": curves, "monitors": monitors, "verdict": verdict}
+    page: dict[str, Any] = {"curves": curves, "monitors": monitors, "verdict": verdict}
+    if "prototypes_used" in last:
+        figures = []
+        for name, (label, caption) in PROTOTYPES.items():
+            most = config.prototypes if name == "prototypes_used" else math.log(config.prototypes)
+            figures.append((line(name, label, most=most), caption))
+        text = (
+            f"At the end {last['prototypes_used']:.0f} of {config.prototypes} prototypes are the "
+            f"first choice of some image, and the code of an image is spread as over "
+            f"{math.exp(last['code_entropy']):.1f} of them."
+        )
+        page["prototypes"] = {"text": text, "figures": figures}
+    return page
 
 
 def _few_labels(results: dict[str, Any]) -> dict[str, Any]:
@@ -356,16 +387,23 @@ def _halves(strips: Sequence[Markup]) -> list[Sequence[Markup]]:
     return [strips[:middle], strips[middle:]]
 
 
-def _view_strips(images: Data, config: Config, count: int = 8, views: int = 5) -> list[Markup]:
+def _view_strips(images: Data, config: Config, count: int = 8, least: int = 5) -> list[Markup]:
     """A strip for each of some training images: the image and random views of it."""
-    transform = augment.default(config.dataset, images.size)
-    dataset = augment.Views(images.pretrain, transform, views, config.seed)
+    transforms = METHODS[config.method].views(config, images.size)
+    shown = (transforms * least)[: max(least, len(transforms))]
+    dataset = augment.Views(images.pretrain, shown, config.seed)
     generator = torch.Generator().manual_seed(config.seed)
     strips = []
     for index in torch.randperm(len(images.pretrain), generator=generator)[:count].tolist():
         original = _image(images.pretrain[index][0], alt="a training image", css="first")
-        shown = [_image(view, alt="a random view of it") for view in dataset[0, index]]
-        strips.append(Markup().join([original, *shown]))
+        views = dataset[0, index]
+        sizes = [f"{view.shape[-1]} px" for view in views]
+        captions = sizes if len(set(sizes)) > 1 else [""] * len(views)
+        pictures = [
+            _image(view, caption, "a random view of it")
+            for view, caption in zip(views, captions, strict=True)
+        ]
+        strips.append(Markup().join([original, *pictures]))
     return strips
 
 

@@ -11,11 +11,13 @@ loss that is wrong by one part in a thousand is off by a factor of thousands in 
 optimiser is SGD with momentum because its weights, unlike Adam's, follow the gradient's scale.
 """
 
+import dataclasses
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -38,6 +40,13 @@ REFERENCES: dict[str, Callable[[Config], Callable[..., Tensor]]] = {
         mu_param=config.mu_param,
         nu_param=config.nu_param,
     ),
+    "swav": lambda config: partial(
+        reference.swav, temperature=config.temperature, epsilon=config.epsilon
+    ),
+}
+# So that a few steps see all of a method: prototypes that learn, a queue half full and full.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "swav": {"freeze_epochs": 0, "queue_length": 150, "queue_start": 0}
 }
 
 
@@ -75,9 +84,13 @@ class _LossIn(nn.Module):
         super().__init__()
         self.loss, self.dtype, self.reverse = loss, dtype, reverse
 
-    def forward(self, *embeddings: Tensor) -> Tensor:
-        rows = (z.flip(0) if self.reverse else z for z in embeddings)
-        return self.loss(*(z.to(self.dtype) for z in rows))
+    def forward(self, *arguments: Any) -> Tensor:
+        return self.loss(*map(self._converted, arguments))
+
+    def _converted(self, argument: Any) -> Any:
+        if isinstance(argument, Tensor):
+            return (argument.flip(0) if self.reverse else argument).to(self.dtype)
+        return None if argument is None else [self._converted(part) for part in argument]
 
 
 def verify(
@@ -117,19 +130,19 @@ def verify(
     backends = [("torch", torch.float64), ("torch", torch.float32)]
     if interpreted or device.type == "cuda":
         backends.append(("triton", torch.float32))
-    steps_of_views = _views(digits, METHODS[method].views, steps, batch_size, device)
+    config = Config(
+        method=method,
+        batch_size=batch_size,
+        projection_hidden=64,
+        projection_dim=64,
+        **OPTIONS.get(method, {}),
+    ).resolved()
+    steps_of_views = _views(digits, config, steps, device)
 
     def train(backend: str, dtype: torch.dtype) -> tuple[list[float], list[Tensor]]:
-        config = Config(
-            method=method,
-            backend="auto" if "reference" in backend else backend,
-            projection_hidden=64,
-            projection_dim=64,
-        ).resolved()
         torch.manual_seed(config.seed)
-        model = METHODS[method](
-            networks.build_backbone("cnn", digits.channels, digits.size), config
-        )
+        own = dataclasses.replace(config, backend="auto" if "reference" in backend else backend)
+        model = METHODS[method](networks.build_backbone("cnn", digits.channels, digits.size), own)
         loss = REFERENCES[method](config) if "reference" in backend else model.loss
         model.loss = _LossIn(loss, dtype, reverse=backend == "reversed reference")
         for parent in list(model.modules()):
@@ -139,10 +152,12 @@ def verify(
         model.to(device, torch.float64).train()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
         losses, weights = [], []
-        for views in steps_of_views:
+        for step, views in enumerate(steps_of_views):
+            model.before_step(step, len(digits.pretrain) // batch_size)
             value, _ = model(views)
             optimizer.zero_grad()
             value.backward()
+            model.after_backward()
             optimizer.step()
             losses.append(value.item())
             weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]).cpu())
@@ -175,13 +190,12 @@ def verify(
 
 
 def _views(
-    digits: data.Data, count: int, steps: int, batch_size: int, device: torch.device
+    digits: data.Data, config: Config, steps: int, device: torch.device
 ) -> list[list[Tensor]]:
     """The normalised views of every step, made once so that every loss sees the same."""
-    dataset = augment.Views(
-        digits.pretrain, augment.default(digits.name, digits.size), count, seed=0
-    )
-    batches = augment.Batches(len(digits.pretrain), batch_size, seed=0, start=0, stop=steps)
+    transforms = METHODS[config.method].views(config, digits.size)
+    dataset = augment.Views(digits.pretrain, transforms, config.seed)
+    batches = augment.Batches(len(digits.pretrain), config.batch_size, config.seed, 0, steps)
     return [
         [
             digits.normalize(torch.stack(view)).to(device, torch.float64)

@@ -1,16 +1,28 @@
 """The pretraining methods by name.
 
-A method is a Module built from ``(backbone, config)``: it adds the networks it needs, says in
-``views`` how many views of each image it wants and in ``defaults`` what options left open become,
-and its forward takes the views, a list of [B, C, H, W], and returns the loss and a pair of
-embeddings [B, D] of two views, for the collapse monitors. Its attribute ``loss`` is the module that
-computes the loss, which `verify` exchanges for the reference.
+A method is a `Method` built from ``(backbone, config)``. It adds the networks it needs and states:
+
+- ``defaults``: what options left open become, and so which of the options that are not for all
+  methods it takes; ``recipes``: what they become instead, by data set;
+- ``views(config, size)``: a transform for each view of an image it wants, which may differ in size;
+- ``forward``: takes the views, a list of [B, C, H, W], and returns the loss and a pair of
+  embeddings [B, D] of two views, for the collapse monitors;
+- ``loss``: the module that computes the loss, which `verify` exchanges for the reference;
+- ``before_step``, ``after_backward``, ``end_epoch``: what it does beside, if anything.
+
+What must survive an interruption, a queue for example, is a parameter or a buffer.
 """
 
 from typing import Any
 
 from fastssl.trainer.methods.barlow import BarlowTwins
 from fastssl.trainer.methods.simclr import SimCLR
+from fastssl.trainer.methods.swav import SwAV
 from fastssl.trainer.methods.vicreg import VICReg
 
-METHODS: dict[str, Any] = {"simclr": SimCLR, "barlow": BarlowTwins, "vicreg": VICReg}
+METHODS: dict[str, Any] = {
+    "simclr": SimCLR,
+    "barlow": BarlowTwins,
+    "vicreg": VICReg,
+    "swav": SwAV,
+}

@@ -1,15 +1,43 @@
-"""What methods that compare two views of each image have in common."""
+"""What methods have in common."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from torchvision.transforms import v2
 
-class TwoViews(nn.Module):
+    from fastssl.trainer.config import Config
+
+
+class Method(nn.Module):
+    """A pretraining method. What is below suits most; a method overrides what it needs."""
+
+    defaults: ClassVar[dict[str, Any]]
+    recipes: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    @staticmethod
+    def views(config: "Config", size: int) -> "list[v2.Transform]":
+        """One transform for each view of an image: two of the data set's default."""
+        from fastssl.trainer import augment  # here, so that options are listed without torchvision
+
+        return [augment.default(config.dataset, size)] * 2
+
+    def before_step(self, step: int, per_epoch: int) -> None:
+        """Called before the forward pass of a step, counted from 0."""
+
+    def after_backward(self) -> None:
+        """Called between the backward pass and the optimiser."""
+
+    def end_epoch(self) -> dict[str, float]:
+        """What the method measured in the epoch that has ended, by name."""
+        return {}
+
+
+class TwoViews(Method):
     """Both views through backbone and head, and a loss of their two batches of embeddings."""
 
-    views = 2
     head: nn.Module
     loss: nn.Module
 
