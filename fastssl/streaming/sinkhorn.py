@@ -19,45 +19,51 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-BLOCK = 2**19  # numbers of a block of rows
+BLOCK = 2**18  # numbers of a block of rows
 RANGE = 60.0  # potentials spread no wider than x: exp(RANGE) and its inverse are float32 numbers
 
 
 def sinkhorn_fwd(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
     """Return the codes [B, K] in scores' type."""
-    # To read the range is free on a CPU; on another device it would be a host synchronisation.
-    if scores.device.type == "cpu":
-        low, high = torch.aminmax(
-            scores.to(torch.promote_types(scores.dtype, torch.float32)), dim=1
-        )
-        if (high - low).max().item() / epsilon <= RANGE:
-            return _scaled(scores, epsilon, iterations, high)
-    return _log_domain(scores, epsilon, iterations)
+    codes = _scaled(scores, epsilon, iterations)
+    return _log_domain(scores, epsilon, iterations) if codes is None else codes
 
 
-def _scaled(scores: Tensor, epsilon: float, iterations: int, high: Tensor) -> Tensor:
+def _scaled(scores: Tensor, epsilon: float, iterations: int) -> Tensor | None:
     """Return the codes, with exp(x - max x) of each sample in their memory until the end.
 
-    high [B] holds the samples' largest scores. What a sample's f loses by it, it never notices:
-    only the first sums, where f is 0, and codes without any iteration need it back.
+    What a sample's f loses by its maximum, it never notices: only the first sums, where f is 0, and
+    codes without any iteration need it back. Returns None where a sample's scores are too wide, and
+    on devices other than a CPU, where to ask would be a host synchronisation.
     """
-    (B, K), dtype = scores.shape, high.dtype
+    if scores.device.type != "cpu":
+        return None
+    (B, K), dtype = scores.shape, torch.promote_types(scores.dtype, torch.float32)
     codes = torch.empty_like(scores, dtype=dtype, memory_format=torch.contiguous_format)
-    to_samples = ((high - high.max()) / epsilon).exp_()
+    highs = codes.new_empty(B, 1)
+    top = codes.new_full((), -torch.inf)  # of all scores so far
     sums = codes.new_zeros(K)
     for rows in _blocks(scores):
-        block = torch.sub(scores[rows].to(dtype), high[rows, None], out=codes[rows])
-        sums += to_samples[rows] @ block.mul_(1 / epsilon).exp_()
+        x = scores[rows].to(dtype)
+        high = torch.amax(x, dim=1, keepdim=True, out=highs[rows])
+        if not (high - x.amin(1, keepdim=True)).max().item() / epsilon <= RANGE:
+            return None
+        block = torch.sub(x, high, out=codes[rows]).mul_(1 / epsilon).exp_()
+        if (larger := high.max()) > top:
+            sums *= ((top - larger) / epsilon).exp_()
+            top = larger
+        sums.addmv_(block.T, ((high[:, 0] - top) / epsilon).exp_())
     if not iterations:
-        return codes.mul_(to_samples[:, None] * (B / sums.sum())).to(scores.dtype)
+        to_samples = ((highs - top) / epsilon).exp_()
+        return codes.mul_(to_samples.mul_(B / sums.sum())).to(scores.dtype)
     for t in range(iterations):
-        to_prototypes = (K * sums).reciprocal_()
+        to_prototypes = sums.mul_(K).reciprocal_()
         sums = torch.zeros_like(sums)
         for rows in _blocks(scores):
             block = codes[rows]
             to_samples = (block @ to_prototypes).reciprocal_()
             if t + 1 < iterations:
-                sums += to_samples @ block / B
+                sums.addmv_(block.T, to_samples.div_(B))
             else:
                 block.mul_(to_prototypes).mul_(to_samples[:, None])
     return codes.to(scores.dtype)
