@@ -19,7 +19,9 @@ two N x N matrices are kept: 2 N^2 D operations with their symmetric halves, 4 N
 
 Features are standardised a panel at a time, whenever one is read. The first row is subtracted
 before the mean, so that a mean far from zero costs no digits and u^ is centred, to rounding; so are
-h and du^ then, and mean(du^) needs no pass.
+h and du^ then, and mean(du^) needs no pass. Where one tile is all of c and means are no larger than
+deviations, as after a batch norm, that care costs more than it saves: the rows themselves are
+multiplied, and means and factors are put into the D x D matrices.
 """
 
 import math
@@ -48,6 +50,10 @@ class _Batch(NamedTuple):
         torch.sub(x, self.x[0, features].to(out.dtype), out=out)
         return torch.addcmul(-factor * self.mean[features], out, factor, out=out)
 
+    def centre(self) -> Tensor:
+        """Return the mean [D] itself."""
+        return self.mean + self.x[0]
+
 
 def saved_shapes(
     N: int, D: int, *, dual: bool, save: bool, two: bool
@@ -74,7 +80,9 @@ def cross_energy_fwd(
     u^) in one more row. v = None stands for u; what would be v's is then empty.
     """
     batches = [_moments(x, eps, standardize) for x in (u, v) if x is not None]
-    energy, diagonal, saved = _dual_fwd(batches) if dual else _features_fwd(batches, save)
+    energy, diagonal, saved = (
+        _dual_fwd(batches) if dual else _features_fwd(batches, standardize, save)
+    )
     moments = [x for batch in batches for x in (batch.mean, batch.factor)]
     moments += [energy.new_empty(0) for _ in range(4 - len(moments))]
     saved += [energy.new_empty(0) for _ in range(2 - len(saved))]
@@ -107,6 +115,10 @@ def cross_energy_bwd(
         v_saved = u_saved.T
     scale = 2 * sides / N * denergy  # of h
     along = sides / N * ddiagonal  # of the other batch's rows
+    if one_tile and standardize and _as_they_are(a, b):
+        du = _raw_gradient(a, b, u_saved, diagonal, scale, along) if needs[0] else None
+        dv = _raw_gradient(b, a, v_saved, diagonal, scale, along) if needs[1] else None
+        return du, None if v is None else dv
     if dual:
         along = along - scale * diagonal
     memories = [_memory(a) for _ in range(3)]
@@ -143,6 +155,29 @@ def cross_energy_bwd(
 
     du = gradient(a, b, u_saved) if needs[0] else None
     return du, gradient(b, a, v_saved) if v is not None and needs[1] else None
+
+
+def _as_they_are(*batches: _Batch) -> bool:
+    """Whether rows may be multiplied as they are: to ask is free on a CPU alone."""
+    return all(
+        batch.x.device.type == "cpu"
+        and batch.x.dtype == batch.mean.dtype
+        and bool((batch.centre() * batch.factor).abs().max() <= 1)
+        for batch in batches
+    )
+
+
+def _raw_gradient(
+    batch: _Batch, other: _Batch, c: Tensor, diagonal: Tensor, scale: Tensor, along: Tensor
+) -> Tensor:
+    """Return the gradient of one of two standardised batches; c [D, D] has its features in rows."""
+    matrix = scale * c
+    matrix.diagonal().add_(along)
+    matrix *= batch.factor[:, None] * other.factor
+    inside = scale * c.square().sum(1) + along * diagonal  # mean(du^ u^)
+    slope = -inside * batch.factor.square()
+    offset = -(matrix @ other.centre() + slope * batch.centre())
+    return torch.addcmul(offset, batch.x, slope).addmm_(other.x, matrix.T)
 
 
 def _moments(x: Tensor, eps: float, standardize: bool) -> _Batch:
@@ -185,7 +220,9 @@ def _dual_fwd(batches: list[_Batch]) -> tuple[Tensor, Tensor, list[Tensor]]:
     return energy, diagonal, grams[::-1]
 
 
-def _features_fwd(batches: list[_Batch], save: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
+def _features_fwd(
+    batches: list[_Batch], standardize: bool, save: bool
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Return E, the diagonal and, to save, what the gradients of u and v need."""
     u, v = batches[0], batches[-1]
     N, D = u.x.shape
@@ -195,6 +232,7 @@ def _features_fwd(batches: list[_Batch], save: bool) -> tuple[Tensor, Tensor, li
     sums = [diagonal.new_zeros(N + 1, D) for _ in batches] if save and len(tiles) > 1 else []
     memories = diagonal.new_empty(2, blocks[0].stop * tiles[0].stop)
     memory = diagonal.new_empty(tiles[0].stop, tiles[0].stop)
+    raw = standardize and len(tiles) == 1 and _as_they_are(u, v)
 
     def read(rows: slice, i: slice, j: slice) -> tuple[Tensor, Tensor]:
         x = u.read(rows, i, memories[0])
@@ -203,11 +241,16 @@ def _features_fwd(batches: list[_Batch], save: bool) -> tuple[Tensor, Tensor, li
     for k, i in enumerate(tiles):
         for j in tiles[k:] if u is v else tiles:
             mirror = u is v and i != j  # the tile stands for its mirror image too
-            c = memory[: i.stop - i.start, : j.stop - j.start].zero_()
-            for rows in blocks:
-                x, y = read(rows, i, j)
-                c.addmm_(x.T, y)
-            c /= N
+            c = memory[: i.stop - i.start, : j.stop - j.start]
+            if raw:
+                torch.mm(u.x.T, v.x, out=c).div_(N).addr_(u.centre(), v.centre(), alpha=-1)
+                c *= u.factor[:, None] * v.factor
+            else:
+                c.zero_()
+                for rows in blocks:
+                    x, y = read(rows, i, j)
+                    c.addmm_(x.T, y)
+                c /= N
             if i == j:
                 diagonal[i] = c.diagonal()
                 c.fill_diagonal_(0)
