@@ -4,10 +4,11 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastssl.distributed import gather_rows, rows_per_rank
 from fastssl.losses.checks import check_choice, check_count, check_embeddings, check_number
+from fastssl.losses.module import LossModule
 from fastssl.ops import backend as backends
 from fastssl.ops.sinkhorn import sinkhorn
 from fastssl.ops.soft_cross_entropy import soft_cross_entropy
@@ -161,7 +162,7 @@ def swav(
     return total / (len(high) * (len(pairs) - 1) * rows)
 
 
-class SwaVLoss(nn.Module):
+class SwaVLoss(LossModule):
     """SwAV as a module, in the place of lightly's ``SwaVLoss``.
 
     Args:
@@ -182,6 +183,12 @@ class SwaVLoss(nn.Module):
         >>> criterion(crops[:2], crops[2:]).backward()
     """
 
+    temperature: float
+    sinkhorn_iterations: int
+    sinkhorn_epsilon: float
+    sinkhorn_gather_distributed: bool
+    backend: str
+
     def __init__(
         self,
         temperature: float = 0.1,
@@ -191,16 +198,16 @@ class SwaVLoss(nn.Module):
         *,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
         check_number("temperature", temperature, positive=True)
         check_count("sinkhorn_iterations", sinkhorn_iterations)
         check_number("sinkhorn_epsilon", sinkhorn_epsilon, positive=True)
-        check_choice("backend", backend, backends.BACKENDS)
-        self.temperature = temperature
-        self.sinkhorn_iterations = sinkhorn_iterations
-        self.sinkhorn_epsilon = sinkhorn_epsilon
-        self.sinkhorn_gather_distributed = sinkhorn_gather_distributed
-        self.backend = backend
+        super().__init__(
+            temperature=temperature,
+            sinkhorn_iterations=sinkhorn_iterations,
+            sinkhorn_epsilon=sinkhorn_epsilon,
+            sinkhorn_gather_distributed=sinkhorn_gather_distributed,
+            backend=backend,
+        )
 
     def forward(
         self,
@@ -219,17 +226,6 @@ class SwaVLoss(nn.Module):
             gather_distributed=self.sinkhorn_gather_distributed,
             backend=self.backend,
         ).reshape(1)
-
-    def extra_repr(self) -> str:
-        """Show what was chosen."""
-        options = (
-            "temperature",
-            "sinkhorn_iterations",
-            "sinkhorn_epsilon",
-            "sinkhorn_gather_distributed",
-            "backend",
-        )
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in options)
 
 
 def _unrolled(scores: Tensor, epsilon: float, iterations: int) -> Tensor:

@@ -1,10 +1,11 @@
 """Losses by which views agree while no feature repeats another, without the D x D matrix."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastssl.distributed import gather_rows
-from fastssl.losses.checks import check_choice, check_number, check_views
+from fastssl.losses.checks import check_number, check_views
+from fastssl.losses.module import LossModule
 from fastssl.ops import backend as backends
 from fastssl.ops.energy import cross_energy
 
@@ -133,7 +134,7 @@ def vicreg(
     return lambda_param * invariance + mu_param * variance + nu_param * covariance
 
 
-class BarlowTwinsLoss(nn.Module):
+class BarlowTwinsLoss(LossModule):
     """Barlow Twins as a module, in the place of lightly's ``BarlowTwinsLoss``.
 
     Args:
@@ -153,6 +154,11 @@ class BarlowTwinsLoss(nn.Module):
         >>> criterion(z_a, z_b).backward()
     """
 
+    lambda_param: float
+    gather_distributed: bool
+    eps: float
+    backend: str
+
     def __init__(
         self,
         lambda_param: float = 5e-3,
@@ -161,14 +167,14 @@ class BarlowTwinsLoss(nn.Module):
         eps: float = 1e-5,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
         check_number("lambda_param", lambda_param)
         check_number("eps", eps, positive=True)
-        check_choice("backend", backend, backends.BACKENDS)
-        self.lambda_param = lambda_param
-        self.gather_distributed = gather_distributed
-        self.eps = eps
-        self.backend = backend
+        super().__init__(
+            lambda_param=lambda_param,
+            gather_distributed=gather_distributed,
+            eps=eps,
+            backend=backend,
+        )
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
         """Return ``functional.barlow_twins`` of two views' projections [N, D]."""
@@ -176,13 +182,8 @@ class BarlowTwinsLoss(nn.Module):
             (z_a, _), (z_b, _) = gather_rows(z_a), gather_rows(z_b)
         return barlow_twins(z_a, z_b, self.lambda_param, eps=self.eps, backend=self.backend)
 
-    def extra_repr(self) -> str:
-        """Show what was chosen."""
-        options = ("lambda_param", "gather_distributed", "eps", "backend")
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in options)
 
-
-class VICRegLoss(nn.Module):
+class VICRegLoss(LossModule):
     """VICReg as a module, in the place of lightly's ``VICRegLoss``.
 
     Args:
@@ -204,6 +205,13 @@ class VICRegLoss(nn.Module):
         >>> criterion(z_a, z_b).backward()
     """
 
+    lambda_param: float
+    mu_param: float
+    nu_param: float
+    gather_distributed: bool
+    eps: float
+    backend: str
+
     def __init__(
         self,
         lambda_param: float = 25.0,
@@ -214,18 +222,18 @@ class VICRegLoss(nn.Module):
         *,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
         check_number("lambda_param", lambda_param)
         check_number("mu_param", mu_param)
         check_number("nu_param", nu_param)
         check_number("eps", eps, positive=True)
-        check_choice("backend", backend, backends.BACKENDS)
-        self.lambda_param = lambda_param
-        self.mu_param = mu_param
-        self.nu_param = nu_param
-        self.gather_distributed = gather_distributed
-        self.eps = eps
-        self.backend = backend
+        super().__init__(
+            lambda_param=lambda_param,
+            mu_param=mu_param,
+            nu_param=nu_param,
+            gather_distributed=gather_distributed,
+            eps=eps,
+            backend=backend,
+        )
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
         """Return ``functional.vicreg`` of two views' projections [N, ..., D]."""
@@ -233,15 +241,3 @@ class VICRegLoss(nn.Module):
             (z_a, _), (z_b, _) = gather_rows(z_a), gather_rows(z_b)
         weights = (self.lambda_param, self.mu_param, self.nu_param)
         return vicreg(z_a, z_b, *weights, eps=self.eps, backend=self.backend)
-
-    def extra_repr(self) -> str:
-        """Show what was chosen."""
-        options = (
-            "lambda_param",
-            "mu_param",
-            "nu_param",
-            "gather_distributed",
-            "eps",
-            "backend",
-        )
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in options)
