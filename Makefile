@@ -24,16 +24,16 @@ pretrain: $(VENV)/.train
 
 test: $(VENV)/.test
 	@echo "== testing"
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -q -m "not slow"
+	$(BIN)/pytest --numprocesses 2 -q -m "not slow"
 
 bench: $(VENV)/.bench
-	@echo "== benchmarking against plain PyTorch and lightly"
+	@echo "== benchmarking against plain PyTorch, lightly, open_clip and pytorch-metric-learning"
 	$(BIN)/pytest benchmarks
 
 $(VENV)/.train: ; $(call INSTALL,train)

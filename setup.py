@@ -22,8 +22,18 @@ TRAIN = [
     "tensorboard",
     "timm",
 ]
-BENCH = ["lightly", "matplotlib", "pytest-benchmark"]
-TEST = [*TRAIN, "hypothesis", "lightly", "pytest", "pytest-benchmark", "setuptools", "wheel"]
+PEERS = ["lightly", "open_clip_torch", "pytorch-metric-learning"]
+BENCH = [*PEERS, "matplotlib", "pytest-benchmark"]
+TEST = [
+    *TRAIN,
+    *PEERS,
+    "hypothesis",
+    "pytest",
+    "pytest-benchmark",
+    "pytest-xdist",
+    "setuptools",
+    "wheel",
+]
 DEV = [*TEST, "mypy", "ruff", "types-PyYAML"]
 
 setup(

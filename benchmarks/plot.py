@@ -20,6 +20,8 @@ STYLE = {
     "compiled": ("#009E73", "^"),
     "plain": ("#7F7F7F", "s"),
     "lightly": ("#D55E00", "D"),
+    "open_clip": ("#CC79A7", "v"),
+    "pml": ("#E69F00", "P"),
 }
 
 
@@ -39,7 +41,7 @@ def plot(document: dict, name: str, figure_name: str) -> Path:
     for loss, (time, memory) in zip(losses, axes, strict=True):
         series: dict[str, list[tuple[int, float, float]]] = defaultdict(list)
         for row in document["rows"]:
-            if row["loss"] == loss and fixed.items() <= row.items():
+            if row["loss"] == loss and "seconds" in row and fixed.items() <= row.items():
                 point = row[axis_key], row["seconds"], row["extra_bytes"] / 2**20
                 series[row["provider"]].append(point)
         for provider, points in series.items():
@@ -71,16 +73,17 @@ def table(document: dict, loss: str) -> str:
     for row in document["rows"]:
         if row["loss"] == loss:
             cases[f"{row['rows']} x {row['features']}"][row["provider"]] = row
+    providers = [name for name in STYLE if any(name in rows for rows in cases.values())]
     lines = [
-        f"| {loss} | " + " | ".join(STYLE) + " | of the machine's rate |",
-        "|---" * (len(STYLE) + 2) + "|",
+        f"| {loss} | " + " | ".join(providers) + " | of the machine's rate |",
+        "|---" * (len(providers) + 2) + "|",
     ]
     for case, rows in cases.items():
         cells = [
             f"{rows[name]['seconds'] * 1e3:,.1f} ms, {rows[name]['extra_bytes'] / 2**20:,.0f} MiB"
-            if name in rows
-            else ""
-            for name in STYLE
+            if "seconds" in rows.get(name, {})
+            else rows.get(name, {}).get("failed", "")
+            for name in providers
         ]
         lines.append(f"| {case} | {' | '.join(cells)} | {rows['fastssl']['share_of_rate']:.0%} |")
     return "\n".join(lines)

@@ -5,14 +5,16 @@ from functools import partial
 
 import pytest
 import torch
-from accuracy import check_accuracy
 
 from fastssl import functional, reference
 
 D = 128
 TEMPERATURE = 0.1
-PEERS_UP_TO = {"plain": 8192, "compiled": 4096, "lightly": 8192}
-SIZES = [256, 1024, 4096, 8192, 16384]  # pairs
+SIZES = {"cpu": [256, 1024, 4096, 8192, 16384], "cuda": [256, 1024, 4096, 16384, 32768]}  # pairs
+PEERS_UP_TO = {
+    "cpu": {"plain": 8192, "compiled": 4096, "lightly": 8192},
+    "cuda": {"plain": 16384, "compiled": 16384, "lightly": 16384},
+}
 
 
 def provide(provider: str) -> Callable[..., torch.Tensor]:
@@ -24,18 +26,18 @@ def provide(provider: str) -> Callable[..., torch.Tensor]:
     return torch.compile(plain) if provider == "compiled" else plain
 
 
-@pytest.mark.parametrize("provider", ["fastssl", *PEERS_UP_TO])
-@pytest.mark.parametrize("n", SIZES)
-def test_nt_xent(time_and_memory, n: int, provider: str) -> None:
-    if n > PEERS_UP_TO.get(provider, n):
+@pytest.mark.parametrize("provider", ["fastssl", "plain", "compiled", "lightly"])
+@pytest.mark.parametrize("size", range(5))
+def test_nt_xent(compare, device: str, size: int, provider: str) -> None:
+    n = SIZES[device][size]
+    if n > PEERS_UP_TO[device].get(provider, n):
         pytest.skip("the matrix would take more memory than most machines have")
-    loss = provide(provider)
-    plain = partial(reference.nt_xent, temperature=TEMPERATURE)
-    check_accuracy(loss, plain, torch.randn(2, min(n, 512), D).unbind())
-    time_and_memory(
+    compare(
         "NT-Xent",
         provider,
-        loss,
+        provide(provider),
+        partial(reference.nt_xent, temperature=TEMPERATURE),
+        torch.randn(2, min(n, 512), D).unbind(),
         torch.randn(2, n, D).unbind(),
         operations=4 * (2 * n) ** 2 * D,
         rounds=max(2, min(200, 2**17 // n)),

@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from accuracy import check_accuracy
 
 from fastssl import functional, reference
 from fastssl.ops import energy
@@ -28,17 +27,17 @@ def provide(loss: str, provider: str) -> Callable[..., torch.Tensor]:
 @pytest.mark.parametrize("provider", ["fastssl", *PEERS_UP_TO])
 @pytest.mark.parametrize(("n", "d"), SIZES)
 @pytest.mark.parametrize("loss", NAMES)
-def test_redundancy(time_and_memory, loss: str, n: int, d: int, provider: str) -> None:
+def test_redundancy(compare, loss: str, n: int, d: int, provider: str) -> None:
     if d > PEERS_UP_TO.get(provider, d) or (
         loss == "vicreg" and d > 8192 and provider != "fastssl"
     ):
         pytest.skip("this one holds several D x D matrices: too many bytes for most machines")
-    function = provide(loss, provider)
-    check_accuracy(function, getattr(reference, loss), torch.randn(2, n // 8, d // 8).unbind())
-    time_and_memory(
+    compare(
         NAMES[loss],
         provider,
-        function,
+        provide(loss, provider),
+        getattr(reference, loss),
+        torch.randn(2, n // 8, d // 8).unbind(),
         torch.randn(2, n, d).unbind(),
         operations=6 * n * d * min(n, d),  # by the shorter route, with its symmetric halves
         rounds=max(2, min(50, 2**25 // (n * d))) if d < 4096 or provider == "fastssl" else 2,
@@ -49,15 +48,15 @@ def test_redundancy(time_and_memory, loss: str, n: int, d: int, provider: str) -
 @pytest.mark.parametrize("d", [256, 512, 768, 1024, 1536, 2048])
 @pytest.mark.parametrize("n", [256, 512, 1024])
 @pytest.mark.parametrize("loss", NAMES)
-def test_routes(time_and_memory, monkeypatch, loss: str, n: int, d: int, route: str) -> None:
+def test_routes(compare, monkeypatch, loss: str, n: int, d: int, route: str) -> None:
     """Where the shorter route changes, for energy.DUAL_COST."""
     monkeypatch.setattr(energy, "takes_dual_route", lambda n, d: route == "dual")
-    function = getattr(functional, loss)
-    check_accuracy(function, getattr(reference, loss), torch.randn(2, n // 8, d // 8).unbind())
-    time_and_memory(
+    compare(
         f"{NAMES[loss]} routes",
         route,
-        function,
+        getattr(functional, loss),
+        getattr(reference, loss),
+        torch.randn(2, n // 8, d // 8).unbind(),
         torch.randn(2, n, d).unbind(),
         operations=6 * n * d * (n if route == "dual" else d),
         rounds=20,

@@ -2,16 +2,36 @@
 
 from fastssl import functional, reference
 from fastssl.losses.clustering import SwaVLoss
-from fastssl.losses.contrastive import NTXentLoss
+from fastssl.losses.contrastive import (
+    ClipLoss,
+    DCLLoss,
+    DCLWLoss,
+    InfoNCELoss,
+    NTXentLoss,
+    SigLipLoss,
+    SupConLoss,
+)
 from fastssl.losses.redundancy import BarlowTwinsLoss, VICRegLoss
+from fastssl.memory_bank import MemoryBankModule, SampleMemoryBank
+from fastssl.patching import Patch, patch
 
 __version__ = "0.1.0"
 __all__ = [
     "BarlowTwinsLoss",
+    "ClipLoss",
+    "DCLLoss",
+    "DCLWLoss",
+    "InfoNCELoss",
+    "MemoryBankModule",
     "NTXentLoss",
+    "Patch",
+    "SampleMemoryBank",
+    "SigLipLoss",
+    "SupConLoss",
     "SwaVLoss",
     "VICRegLoss",
     "__version__",
     "functional",
+    "patch",
     "reference",
 ]

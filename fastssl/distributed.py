@@ -53,11 +53,16 @@ def rows_per_rank(x: Tensor) -> float:
     return sum(sizes) / len(sizes)
 
 
+def world_size() -> int:
+    """Number of ranks of the default process group; 1 without an initialised one."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def _sizes(x: Tensor) -> list[int]:
     """The number of rows of each rank."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if world_size() == 1:
         return [len(x)]
-    counts = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in _ranks()]
+    counts = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(world_size())]
     dist.all_gather(counts, torch.full_like(counts[0], len(x)))
     sizes: list[int] = torch.cat(counts).tolist()
     return sizes
@@ -69,7 +74,7 @@ class _GatherRows(torch.autograd.Function):
         ctx.own = own
         padded = x.new_zeros(max(sizes), *x.shape[1:])
         padded[: len(x)] = x
-        pieces = [torch.empty_like(padded) for _ in _ranks()]
+        pieces = [torch.empty_like(padded) for _ in range(world_size())]
         dist.all_gather(pieces, padded)
         return torch.cat([piece[:size] for piece, size in zip(pieces, sizes, strict=True)])
 
@@ -79,7 +84,3 @@ class _GatherRows(torch.autograd.Function):
         total = grad.contiguous().clone()
         dist.all_reduce(total)
         return total[ctx.own], None, None
-
-
-def _ranks() -> range:
-    return range(dist.get_world_size())

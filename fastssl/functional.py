@@ -1,7 +1,27 @@
 """The public loss functions."""
 
 from fastssl.losses.clustering import sinkhorn_knopp, swav
-from fastssl.losses.contrastive import nt_xent
+from fastssl.losses.contrastive import (
+    clip,
+    dcl,
+    info_nce,
+    mises_fisher_weights,
+    nt_xent,
+    siglip,
+    supcon,
+)
 from fastssl.losses.redundancy import barlow_twins, vicreg
 
-__all__ = ["barlow_twins", "nt_xent", "sinkhorn_knopp", "swav", "vicreg"]
+__all__ = [
+    "barlow_twins",
+    "clip",
+    "dcl",
+    "info_nce",
+    "mises_fisher_weights",
+    "nt_xent",
+    "siglip",
+    "sinkhorn_knopp",
+    "supcon",
+    "swav",
+    "vicreg",
+]

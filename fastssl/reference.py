@@ -5,7 +5,7 @@ the fused losses avoid, run in the dtype of their inputs and have derivatives of
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -58,6 +58,144 @@ def nt_xent(
         hidden = (ids[:, None] == ids[None, :]) & (views[None, :] != positive[:, None])
     logits = (z @ z.T / temperature).masked_fill(hidden, -torch.inf)
     return torch.nn.functional.cross_entropy(logits, positive, reduction=reduction)
+
+
+def info_nce(
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor | None = None,
+    temperature: float | Tensor = 0.1,
+    *,
+    reduction: str = "mean",
+    ids: Tensor | None = None,
+    negative_ids: Tensor | None = None,
+) -> Tensor:
+    """InfoNCE (van den Oord et al. 2018, equation 4): which of the keys is the positive?
+
+    See ``fastssl.functional.info_nce`` for the arguments.
+    """
+    n = len(query)
+    query, positive = normalize(query), normalize(positive)
+    if negatives is None:
+        hidden = _equal(ids, ids) & ~torch.eye(n, dtype=torch.bool, device=query.device)
+        logits = (query @ positive.T / temperature).masked_fill(hidden, -torch.inf)
+        target = torch.arange(n, device=query.device)
+    else:
+        pattern = "nd,kd->nk" if negatives.dim() == 2 else "nd,nkd->nk"
+        others = torch.einsum(pattern, query, normalize(negatives)) / temperature
+        others = others.masked_fill(_equal(ids, negative_ids), -torch.inf)
+        pairs = (query * positive).sum(1, keepdim=True) / temperature
+        logits = torch.cat([pairs, others], 1)
+        target = torch.zeros(n, dtype=torch.int64, device=query.device)
+    return torch.nn.functional.cross_entropy(logits, target, reduction=reduction)
+
+
+def _equal(row_ids: Tensor | None, col_ids: Tensor | None) -> Tensor:
+    """Which ids are the same: [rows, columns], or for ids [N, K] of each row's own columns that."""
+    if row_ids is None or col_ids is None:
+        return torch.zeros((), dtype=torch.bool)
+    return row_ids[:, None] == (col_ids if col_ids.dim() == 2 else col_ids[None, :])
+
+
+def dcl(
+    z0: Tensor,
+    z1: Tensor,
+    temperature: float | Tensor = 0.1,
+    *,
+    weight_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
+    reduction: str = "mean",
+    ids: Tensor | None = None,
+) -> Tensor:
+    """Decoupled contrastive learning (Yeh et al. 2022, equations 5 and 6) over the 2N views.
+
+    See ``fastssl.functional.dcl`` for the arguments.
+    """
+    n = len(z0)
+    z0, z1 = normalize(z0), normalize(z1)
+    z = torch.cat([z0, z1])
+    ids = (torch.arange(n, device=z.device) if ids is None else ids).repeat(2)
+    logits = z @ z.T / temperature
+    positive = logits.diagonal(n).repeat(2)
+    if weight_fn is not None:
+        positive = positive * torch.cat([weight_fn(z0, z1), weight_fn(z1, z0)])
+    terms = logits.masked_fill(ids[:, None] == ids, -torch.inf).logsumexp(1) - positive
+    return {"mean": terms.mean(), "sum": terms.sum(), "none": terms}[reduction]
+
+
+def mises_fisher_weights(z0: Tensor, z1: Tensor, sigma: float = 0.5) -> Tensor:
+    """Weights of the weighted loss (Yeh et al. 2022, section 3.3), less for close pairs."""
+    return 2 - len(z0) * torch.softmax((z0 * z1).sum(1).detach() / sigma, 0)
+
+
+def supcon(
+    features: Tensor,
+    labels: Tensor | None = None,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 0.07,
+    contrast_mode: str = "all",
+    base_temperature: float = 0.07,
+) -> Tensor:
+    """Supervised contrastive loss (Khosla et al. 2020, equation 2), averaged over anchors.
+
+    See ``fastssl.functional.supcon`` for the arguments.
+    """
+    b, v = features.shape[:2]
+    rows = features.reshape(b, v, -1).transpose(0, 1).flatten(0, 1)  # [V B, D], view by view
+    if labels is not None:
+        mask = labels.reshape(-1, 1) == labels.reshape(1, -1)
+    elif mask is None:
+        mask = torch.eye(b, device=rows.device)
+    anchors = b if contrast_mode == "one" else b * v
+    itself = torch.eye(b * v, dtype=torch.bool, device=rows.device)[:anchors]
+    weights = mask.to(rows.dtype).repeat(v, v)[:anchors].masked_fill(itself, 0)
+
+    logits = (rows[:anchors] @ rows.T / temperature).masked_fill(itself, -torch.inf)
+    log_prob = logits - logits.logsumexp(1, keepdim=True)
+    seen = (weights * log_prob.masked_fill(itself, 0)).sum(1)
+    count = weights.sum(1)
+    terms = torch.where(count > 0, -seen / count.masked_fill(count == 0, 1), 0)
+    return (temperature / base_temperature) * terms.mean()
+
+
+def clip(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor = 1.0,
+    logit_bias: float | Tensor | None = None,
+    *,
+    ids: Tensor | None = None,
+) -> Tensor:
+    """Contrastive language-image loss (Radford et al. 2021, figure 3): mean of both directions.
+
+    See ``fastssl.functional.clip`` for the arguments.
+    """
+    logits = logit_scale * image_features @ text_features.T
+    logits = logits if logit_bias is None else logits + logit_bias
+    pairs = torch.arange(len(logits), device=logits.device)
+    hidden = _equal(ids, ids) & (pairs[:, None] != pairs)
+    logits = logits.masked_fill(hidden, -torch.inf)
+    cross_entropy = torch.nn.functional.cross_entropy
+    return (cross_entropy(logits, pairs) + cross_entropy(logits.T, pairs)) / 2
+
+
+def siglip(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor = 1.0,
+    logit_bias: float | Tensor | None = None,
+    *,
+    ids: Tensor | None = None,
+) -> Tensor:
+    """Sigmoid loss (Zhai et al. 2023, equation 1), summed over texts and averaged over images.
+
+    See ``fastssl.functional.siglip`` for the arguments.
+    """
+    n = len(image_features)
+    logits = logit_scale * image_features @ text_features.T
+    logits = logits if logit_bias is None else logits + logit_bias
+    pairs = torch.eye(n, dtype=torch.bool, device=logits.device)
+    terms = -torch.nn.functional.logsigmoid(torch.where(pairs, logits, -logits))
+    return terms.masked_fill(_equal(ids, ids) & ~pairs, 0).sum() / n
 
 
 def standardize(z: Tensor, eps: float) -> Tensor:

@@ -27,7 +27,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from fastssl.kernels import energy, similarity, sinkhorn, soft_cross_entropy
+from fastssl.kernels import energy, sigmoid, similarity, sinkhorn, soft_cross_entropy
 
 
 class Target(NamedTuple):
@@ -53,13 +53,13 @@ DTYPES = {
 
 
 class Similarity(NamedTuple):
-    """Which launchers of similarity.py, and their arguments: whether ids are given."""
+    """Which launchers of similarity.py, and whether ids are given; all that is left, both ways."""
 
     dtype: str
     features: int
     rows: int
     ids: bool
-    two_view: bool
+    launchers: str
 
     module = similarity
 
@@ -73,12 +73,45 @@ class Similarity(NamedTuple):
         ids = torch.empty(self.rows, dtype=torch.int64) if self.ids else None
         scale, row, both = torch.empty(()), torch.empty(self.rows), torch.empty(2 * self.rows)
         needs = (True, True, True)
-        if self.two_view:
+        if self.launchers == "two_view":
             similarity.two_view_lse_fwd(x, x, scale, ids)
             similarity.two_view_lse_bwd(both, x, x, scale, ids, both, both, both, None, needs)
+        elif self.launchers == "class":
+            classes = torch.empty(self.rows, dtype=torch.int64)
+            similarity.class_lse_fwd(x, scale, classes, None)
+            similarity.class_lse_bwd(row, x, scale, classes, None, row, row, row, needs[:2])
+        elif self.launchers == "fixed_keys":
+            similarity.fixed_keys_lse_fwd(x, x, scale, ids, ids, True)
+        elif self.launchers == "similarity":
+            for normalize in BOTH:
+                similarity.similarity_lse_fwd(x, x, scale, ids, ids, normalize)
+                similarity.similarity_lse_bwd(
+                    row, x, x, scale, ids, ids, row, row, row, row, normalize, needs
+                )
         else:
-            similarity.similarity_lse_fwd(x, x, scale, ids, ids)
-            similarity.similarity_lse_bwd(row, x, x, scale, ids, ids, row, row, row, row, needs)
+            for normalize, columns in itertools.product(BOTH, BOTH):
+                similarity.pair_lse_fwd(x, x, scale, ids, 0, columns, normalize)
+                similarity.pair_lse_bwd(
+                    row, row, x, x, scale, ids, 0, columns, *[row] * 6, normalize, needs
+                )
+
+
+class Sigmoid(NamedTuple):
+    """The launcher of sigmoid.py, with every gradient and with none."""
+
+    dtype: str
+    features: int
+    rows: int
+    ids: bool
+
+    module = sigmoid
+    variant = Similarity.variant
+
+    def launch(self, x):
+        """Call it on rows x."""
+        ids = torch.empty(self.rows, dtype=torch.int64) if self.ids else None
+        for needs in (True, False):
+            sigmoid.sigmoid_fwd(x, x, torch.empty(()), torch.empty(()), ids, 0, (needs,) * 4)
 
 
 class Energy(NamedTuple):
@@ -145,8 +178,10 @@ class SoftCrossEntropy(NamedTuple):
 
 
 BOTH = [True, False]
+LAUNCHERS = ["two_view", "similarity", "class", "fixed_keys", "pair"]
 DEFAULTS = {  # which case, its D and N, and what else it takes
-    "similarity": (Similarity, [16, 32, 64, 128, 256, 512], [256, 65536], BOTH, BOTH),
+    "similarity": (Similarity, [16, 32, 64, 128, 256, 768], [256, 65536], BOTH, LAUNCHERS),
+    "sigmoid": (Sigmoid, [32, 128, 256, 768], [256, 32768], BOTH),
     "energy": (Energy, [512, 8192], [256, 4096], ["barlow", "vicreg"], BOTH),
     "sinkhorn": (Sinkhorn, [64, 3000, 65536], [4096], [0, 2]),
     "soft_cross_entropy": (SoftCrossEntropy, [64, 3000, 65536], [4096], ["float32", "bfloat16"]),
@@ -157,7 +192,7 @@ class Row(NamedTuple):
     """A compiled kernel and what it needs."""
 
     target: str
-    case: Similarity | Energy | Sinkhorn | SoftCrossEntropy
+    case: Similarity | Sigmoid | Energy | Sinkhorn | SoftCrossEntropy
     kernel: str
     options: str
     registers: int
@@ -242,6 +277,7 @@ def main():
     parser.add_argument("--features", nargs="+", type=int, metavar="D")
     parser.add_argument("--rows", nargs="+", type=int, metavar="N")
     parser.add_argument("--ids", choices=("both", "with", "without"), default="both")
+    parser.add_argument("--launchers", nargs="+", choices=LAUNCHERS, default=LAUNCHERS)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     chosen = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -251,8 +287,9 @@ def main():
     for primitive in chosen.primitive:
         case, widths, sizes, *more = DEFAULTS[primitive]
         widths, sizes, dtypes = chosen.features or widths, chosen.rows or sizes, chosen.dtype
-        if case is Similarity:
+        if case in (Similarity, Sigmoid):
             more[0] = {"both": [False, True], "with": [True], "without": [False]}[chosen.ids]
+            more[1:] = [chosen.launchers] if case is Similarity else []
         elif case is not Energy:  # they multiply no matrices
             dtypes = [dtype for dtype in dtypes if dtype != "tf32"]
         cases += itertools.starmap(case, itertools.product(dtypes, widths, sizes, *more))

@@ -61,6 +61,25 @@ def check_accuracy(
         assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
 
 
+def check_same_function(
+    loss: Callable[..., Tensor],
+    plain: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    *,
+    backward: bool = True,
+) -> None:
+    """Raise AssertionError where a loss is not the plain one but for rounding, however large."""
+    allowed = 30 * torch.finfo(inputs[0].dtype).eps ** 0.75
+    if backward:
+        truth = value_and_gradients(plain, [x.double() for x in inputs])
+        found = value_and_gradients(loss, inputs)
+    else:
+        truth, found = [plain(*(x.double() for x in inputs))], [loss(*inputs)]
+    for got, exact in zip(found, truth, strict=True):
+        error = (got - exact).abs().max() / exact.abs().max()
+        assert error <= allowed, f"off by {error:.1e} of the largest entry"
+
+
 def _with_features_reordered(
     plain: Callable[..., Tensor], inputs: Sequence[Tensor], upstream: Tensor | float
 ) -> list[Tensor]:

@@ -9,6 +9,7 @@ from types import ModuleType
 import pytest
 
 similarity = pytest.importorskip("fastssl.kernels.similarity")
+sigmoid = pytest.importorskip("fastssl.kernels.sigmoid")
 energy = pytest.importorskip("fastssl.kernels.energy")
 sinkhorn = pytest.importorskip("fastssl.kernels.sinkhorn")
 soft_cross_entropy = pytest.importorskip("fastssl.kernels.soft_cross_entropy")
@@ -38,7 +39,8 @@ def targets_and_kernels(rows: list[str]) -> set[tuple[str, str]]:
 
 def test_nt_xent_on_hopper_fits() -> None:
     case = ("--dtype", "bfloat16", "--features", "128", "--rows", "65536", "--ids", "without")
-    assert table("--primitive", "similarity", "--target", "sm_90", *case)
+    primitive = ("--primitive", "similarity", "--launchers", "two_view")
+    assert table(*primitive, "--target", "sm_90", *case)
 
 
 def test_barlow_twins_and_vicreg_on_hopper_fit() -> None:
@@ -63,11 +65,41 @@ def test_swav_on_hopper_fits() -> None:
 def test_every_kernel_fits_every_target(dtype: str, features: str, rows: list[str]) -> None:
     """Ids take registers: the kernels with them are the larger ones."""
     case = ("--dtype", dtype, "--features", features, "--rows", *rows, "--ids", "with")
-    compiled = table("--primitive", "similarity", *case)
-    expected = kernels(similarity)
+    case = ("--primitive", "similarity", "--launchers", "two_view", "similarity", *case)
+    compiled = targets_and_kernels(table(*case))
+    others = ("pair_", "fixed_keys_")
+    expected = {name for name in kernels(similarity) if not name.startswith(others)}
     if len(rows) == 1:
         expected.remove("similarity_lse_bwd_finish")  # only few rows need it
+    assert compiled == set(itertools.product(TARGETS, expected))
+
+
+@pytest.mark.slow
+def test_every_kernel_of_classes_and_fixed_keys_fits_every_target() -> None:
+    case = ("--dtype", "bfloat16", "--features", "128", "--rows", "4096", "--ids", "with")
+    compiled = table("--primitive", "similarity", "--launchers", "class", "fixed_keys", *case)
+    others = ("pair_", "two_view_")
+    expected = {name for name in kernels(similarity) if not name.startswith(others)}
     assert targets_and_kernels(compiled) == set(itertools.product(TARGETS, expected))
+
+
+@pytest.mark.slow
+def test_every_kernel_of_pairs_fits_every_target() -> None:
+    case = ("--dtype", "bfloat16", "--features", "768", "--rows", "65536", "--ids", "with")
+    compiled = table("--primitive", "similarity", "--launchers", "pair", *case)
+    pairs = {name for name in kernels(similarity) if name.startswith("pair_")}
+    expected = pairs | {"rnorm", "similarity_lse_fwd", "lse_finish"}
+    assert targets_and_kernels(compiled) == set(itertools.product(TARGETS, expected))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dtype", "features"), [("bfloat16", ["256", "768"]), ("float32", ["768"])]
+)
+def test_every_sigmoid_kernel_fits_every_target(dtype: str, features: list[str]) -> None:
+    case = ("--dtype", dtype, "--features", *features, "--rows", "8192", "--ids", "with")
+    compiled = table("--primitive", "sigmoid", *case)
+    assert targets_and_kernels(compiled) == set(itertools.product(TARGETS, kernels(sigmoid)))
 
 
 @pytest.mark.slow

@@ -12,12 +12,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 MAY_IMPORT = {
-    "__init__": {"functional", "losses", "reference"},
+    "__init__": {"functional", "losses", "memory_bank", "patching", "reference"},
     "functional": {"losses"},
     "reference": set(),
     "cli": {"trainer", "ops", "__version__"},
     "trainer": {"trainer", "losses", "ops", "functional", "reference", "__version__"},
-    "losses": {"losses", "ops", "distributed"},
+    "losses": {"losses", "ops", "distributed", "memory_bank"},
+    "memory_bank": {"distributed"},
+    "patching": {"losses", "memory_bank"},
     "distributed": set(),
     "ops": {"ops", "kernels", "streaming"},
     "kernels": {"kernels"},

@@ -54,14 +54,24 @@ def check_two_views(z0: Tensor, z1: Tensor, s: float, ids: Tensor | None, dlse: 
 
 
 def check_rows_and_columns(
-    q: Tensor, k: Tensor, s: float, ids: tuple[Tensor | None, Tensor | None], dlse: Tensor
+    q: Tensor,
+    k: Tensor,
+    s: float,
+    ids: tuple[Tensor | None, Tensor | None],
+    dlse: Tensor,
+    normalize: bool = True,
 ) -> None:
     scale = torch.tensor(s)
-    lse, *saved = similarity.similarity_lse_fwd(q, k, scale, *ids)
-    grads = similarity.similarity_lse_bwd(dlse, q, k, scale, *ids, *saved, ALL)
+    lse, *saved = similarity.similarity_lse_fwd(q, k, scale, *ids, normalize)
+    grads = similarity.similarity_lse_bwd(dlse, q, k, scale, *ids, *saved, normalize, ALL)
+    assert normalize or not saved[2].numel() + saved[3].numel()
 
     inputs = [x.double().requires_grad_() for x in (q, k, scale)]
-    exact = reference.similarity_lse(*inputs, *ids)
+    rows, cols = (reference.normalize(x) if normalize else x for x in inputs[:2])
+    logits = inputs[2] * rows @ cols.T
+    if ids[0] is not None:
+        logits = logits.masked_fill(ids[0][:, None] == ids[1], -torch.inf)
+    exact = logits.logsumexp(1)
     for got, grad in zip(grads, torch.autograd.grad(exact, inputs, dlse.double()), strict=True):
         assert_close(got, grad, q.dtype)
     assert_close(lse, exact.detach(), q.dtype)
@@ -81,20 +91,28 @@ def test_two_views_whatever_the_cut(multiprocessors, N, D, per_group, splits, sc
     check_two_views(z0, z1, scale, None, torch.rand(2 * N))
 
 
-@pytest.mark.parametrize("scale", [10.0, 100.0])
+@pytest.mark.parametrize(("scale", "normalize"), [(10.0, True), (100.0, True), (0.4, False)])
 @pytest.mark.parametrize(
     ("multiprocessors", "M", "N", "D", "fwd_splits", "bwd_splits"),
     [(1, 70, 130, 20, 1, 1), (40, 70, 500, 20, 8, 8)],
     indirect=["multiprocessors"],
 )
 def test_rows_and_columns_whatever_the_cut(
-    multiprocessors, M, N, D, fwd_splits, bwd_splits, scale
+    multiprocessors, M, N, D, fwd_splits, bwd_splits, scale, normalize
 ) -> None:
     config = (M, N, D, torch.float32, False, "interpreter", multiprocessors)
     assert similarity.launch_config("fwd", *config)[1] == fwd_splits
     assert similarity.launch_config("bwd", *config)[1] == bwd_splits
     q, k = torch.randn(M, D), torch.randn(N, D)
-    check_rows_and_columns(q, k, scale, (None, None), torch.rand(M))
+    check_rows_and_columns(q, k, scale, (None, None), torch.rand(M), normalize)
+
+
+@pytest.mark.parametrize(("M", "D", "length"), [(40, 20, 300.0), (9, 300, 0.01)])
+def test_rows_that_are_not_normalised_may_be_long(M: int, D: int, length: float) -> None:
+    q, k = length * torch.randn(M, D), torch.randn(30, D)
+    ids = (torch.randint(5, (M,)), torch.randint(5, (30,), dtype=torch.int32))
+    check_rows_and_columns(q, k, 3.0, ids, torch.rand(M), normalize=False)
+    check_rows_and_columns(q.half(), k.half(), 3.0, ids, torch.rand(M), normalize=False)
 
 
 @pytest.mark.parametrize("multiprocessors", [16], indirect=True)

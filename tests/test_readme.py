@@ -1,4 +1,4 @@
-"""The README's blocks work as they stand, and name only what exists."""
+"""The README's blocks and those of docs/ work as they stand, and name only what exists."""
 
 import re
 import subprocess
@@ -10,11 +10,16 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+DOCS = "".join(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))
 
 
-@pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.splitlines()[0])
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    "code", blocks("python", README + DOCS), ids=lambda code: code.splitlines()[0]
+)
 def test_python_blocks_run(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})

@@ -133,6 +133,21 @@ def test_low_precision_at_any_scale(loss: str, target: Target, std: float) -> No
                 check_accuracy(fused(loss, target), plain(loss), z)
 
 
+@pytest.mark.parametrize("large", [1, 3, 20])
+@pytest.mark.parametrize(("n", "d"), [(16, 40), (40, 24)])
+def test_a_few_large_features_drown_no_small_ones(
+    target: Target, n: int, d: int, large: int
+) -> None:
+    scales = torch.full((d,), 1e-3)
+    scales[torch.randperm(d)[:large]] = 1e3
+    weights = {"lambda_param": 0.0, "mu_param": 0.0}
+    for dtype in dtypes(target):
+        if dtype == torch.float16:
+            continue  # gradients of features so different do not fit it
+        z = [(torch.randn(n, d) * scales).to(target.device, dtype) for _ in range(2)]
+        check_accuracy(fused("vicreg", target, **weights), partial(reference.vicreg, **weights), z)
+
+
 @pytest.mark.parametrize("kind", ["constant feature", "identical rows", "two samples", "zeros"])
 def test_any_finite_input_gives_finite_results(loss: str, target: Target, kind: str) -> None:
     for dtype in dtypes(target):

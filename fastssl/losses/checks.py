@@ -65,44 +65,53 @@ def check_views(*, rows: int = 1, positions: bool = False, **views: Tensor) -> N
         raise ValueError(f"{both} be on the same device, got {a.device} and {b.device}")
 
 
-def check_ids(ids: Tensor, z: Tensor) -> None:
-    """Accept [N] integers for the N rows of z, on its device."""
-    if not isinstance(ids, Tensor):
-        raise TypeError(f"ids must be a tensor of integers or None, got {type(ids).__name__}")
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise TypeError(f"ids must be integers, got {_name(ids.dtype)}")
-    if ids.shape != z.shape[:1]:
+def check_like(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """Accept a tensor of another's dtype and device."""
+    if x.dtype != other.dtype:
+        raise TypeError(
+            f"{name} must have the dtype of {other_name}, {_name(other.dtype)}, "
+            f"got {_name(x.dtype)}"
+        )
+    if x.device != other.device:
         raise ValueError(
-            f"ids must have shape ({len(z)},), one for each row, got {tuple(ids.shape)}"
+            f"{name} must be on the device of {other_name}, {other.device}, got {x.device}"
+        )
+
+
+def check_ids(name: str, ids: Tensor, z: Tensor, dims: int = 1) -> None:
+    """Accept integers for the rows of z, of its first dimensions and on its device."""
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name} must be a tensor of integers or None, got {type(ids).__name__}")
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise TypeError(f"{name} must be integers, got {_name(ids.dtype)}")
+    if ids.shape != z.shape[:dims]:
+        raise ValueError(
+            f"{name} must have shape {tuple(z.shape[:dims])}, one for each row, "
+            f"got {tuple(ids.shape)}"
         )
     if ids.device != z.device:
-        raise ValueError(f"ids must be on the embeddings' device {z.device}, got {ids.device}")
+        raise ValueError(f"{name} must be on the embeddings' device {z.device}, got {ids.device}")
 
 
-def check_temperature(temperature: float | Tensor) -> None:
-    """Accept a positive finite number or a 0-dim floating-point tensor."""
-    if isinstance(temperature, Tensor):
-        if not temperature.is_floating_point():
+def check_scalar(name: str, value: float | Tensor, *, positive: bool = True) -> None:
+    """Accept a finite number or a 0-dim floating-point tensor; with positive, one above 0."""
+    if not isinstance(value, Tensor):
+        if not isinstance(value, Real) or isinstance(value, bool):
             raise TypeError(
-                f"temperature must be a floating-point tensor, got {_name(temperature.dtype)}"
+                f"{name} must be a number or a 0-dim tensor, got {type(value).__name__}"
             )
-        if temperature.dim() != 0:
+    else:
+        if not value.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor, got {_name(value.dtype)}")
+        if value.dim() != 0:
             raise ValueError(
-                "temperature must be a number or a 0-dim tensor, "
-                f"got shape {tuple(temperature.shape)}"
+                f"{name} must be a number or a 0-dim tensor, got shape {tuple(value.shape)}"
             )
         # To read the value would stop an accelerator and break a graph that is being compiled.
-        if temperature.device.type != "cpu" or torch.compiler.is_compiling():
+        if value.device.type != "cpu" or torch.compiler.is_compiling():
             return
-        value = temperature.item()
-    elif isinstance(temperature, Real) and not isinstance(temperature, bool):
-        value = float(temperature)
-    else:
-        raise TypeError(
-            f"temperature must be a number or a 0-dim tensor, got {type(temperature).__name__}"
-        )
-    if not 0 < value < math.inf:
-        raise ValueError(f"temperature must be positive and finite, got {value}")
+        value = value.item()
+    check_number(name, value, positive=positive)
 
 
 def check_number(name: str, value: float, *, positive: bool = False) -> None:

@@ -15,7 +15,9 @@ Features: tiles of c, each used for E and for both h while it is in the cache: 6
 half of them for v = u. h is kept for the backward pass; where one tile is all of c, the tile is.
 
 Dual: E = <u^ u^T, v^ v^T> / N^2 less the squared diagonal, and h = (v^ v^T) u^ / N - c_ii v^. The
-two N x N matrices are kept: 2 N^2 D operations with their symmetric halves, 4 N^2 D backward.
+two N x N matrices are kept: 2 N^2 D operations with their symmetric halves, 4 N^2 D backward. What
+is subtracted is small beside the rest, but where a few features hold nearly all variance. Those, at
+most OUTLIERS of them, then stay out of the N x N matrix, and their rows of c are computed.
 
 Features are standardised a panel at a time, whenever one is read. The first row is subtracted
 before the mean, so that a mean far from zero costs no digits and u^ is centred, to rounding; so are
@@ -34,6 +36,8 @@ from torch import Tensor
 TILE = 1024  # features of a tile of c, and rows that it is summed over at a time
 GRAM_TILE = 256  # rows of a tile of u^ u^T
 PANEL = 2**20  # numbers that are standardised at a time
+OUTLIERS = 16
+SHARE = 1 / 64  # of all squared variances, from which on a feature is an outlier
 
 
 class _Batch(NamedTuple):
@@ -43,7 +47,7 @@ class _Batch(NamedTuple):
     mean: Tensor  # [D], less the first row
     factor: Tensor  # [D]
 
-    def read(self, rows: slice, features: slice, memory: Tensor) -> Tensor:
+    def read(self, rows: slice, features: slice | list[int], memory: Tensor) -> Tensor:
         """Return standardised features [B, P], written to memory."""
         x, factor = self.x[rows, features], self.factor[features]
         out = _shaped(memory, x)
@@ -81,7 +85,7 @@ def cross_energy_fwd(
     """
     batches = [_moments(x, eps, standardize) for x in (u, v) if x is not None]
     energy, diagonal, saved = (
-        _dual_fwd(batches) if dual else _features_fwd(batches, standardize, save)
+        _dual_fwd(batches, standardize) if dual else _features_fwd(batches, standardize, save)
     )
     moments = [x for batch in batches for x in (batch.mean, batch.factor)]
     moments += [energy.new_empty(0) for _ in range(4 - len(moments))]
@@ -108,6 +112,7 @@ def cross_energy_bwd(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients of u and v, each where ``needs`` asks for it."""
     (N, D), sides = u.shape, 2 if v is None else 1  # v = u takes part on both sides
+    dtype = diagonal.dtype
     a = _Batch(u, u_mean, u_factor)
     b = a if v is None else _Batch(v, v_mean, v_factor)
     one_tile = not dual and D <= TILE
@@ -122,11 +127,15 @@ def cross_energy_bwd(
     if dual:
         along = along - scale * diagonal
     memories = [_memory(a) for _ in range(3)]
+    outliers = _outliers(diagonal) if dual and v is None and not standardize else []
     if one_tile:
         squares = u_saved.square()
 
     def gradient(batch: _Batch, other: _Batch, saved: Tensor) -> Tensor:
         out = torch.empty_like(batch.x, memory_format=torch.contiguous_format)
+        if outliers:
+            far = batch.read(slice(None), outliers, out.new_empty(N * len(outliers), dtype=dtype))
+            h_far = torch.zeros_like(far)
         if one_tile:  # mean(h u^)
             means = squares.sum(1 if batch is a else 0)
         elif not dual:
@@ -136,6 +145,10 @@ def cross_energy_bwd(
             y = x if other is batch else other.read(rows, features, memories[1])
             if dual:
                 h = torch.mm(saved, x, out=_shaped(memories[2], x)).mul_(D / N)
+                if outliers:
+                    c = _rows_of_c(far, x, outliers, features)
+                    h.addmm_(far, c)
+                    h_far.addmm_(x, c.T)
             elif one_tile:
                 h = torch.mm(y, saved.T, out=_shaped(memories[2], y))
             else:
@@ -151,6 +164,9 @@ def cross_energy_bwd(
             else:
                 x.mul_(-factor * inside).addcmul_(y, factor * share)
             torch.addcmul(x, h, scale * factor, out=out[rows, features])
+        if outliers:
+            share = sides / N * ddiagonal[outliers]
+            out[:, outliers] = (scale * h_far).addcmul_(far, share).to(out.dtype)
         return out
 
     du = gradient(a, b, u_saved) if needs[0] else None
@@ -195,7 +211,7 @@ def _moments(x: Tensor, eps: float, standardize: bool) -> _Batch:
     return batch
 
 
-def _dual_fwd(batches: list[_Batch]) -> tuple[Tensor, Tensor, list[Tensor]]:
+def _dual_fwd(batches: list[_Batch], standardize: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Return E, the diagonal and what the gradients of u and v need."""
     N, D = batches[0].x.shape
     blocks = _cut(N, GRAM_TILE)
@@ -203,21 +219,58 @@ def _dual_fwd(batches: list[_Batch]) -> tuple[Tensor, Tensor, list[Tensor]]:
     diagonal = torch.empty_like(batches[0].mean)
     grams = [diagonal.new_zeros(N, N) for _ in batches]
     memories = [_memory(batch) for batch in batches]
+    outliers: list[int] = []
+    energy = diagonal.new_zeros(())
+    if not standardize:
+        (batch,), (memory,) = batches, memories
+        for rows, features in _panels(batch.x):
+            diagonal[features] = batch.read(rows, features, memory).square_().mean(0)
+        outliers = _outliers(diagonal)
+    if outliers:
+        far = batch.read(slice(None), outliers, diagonal.new_empty(N * len(outliers)))
     for rows, features in _panels(batches[0].x):
         panels = []
         for batch, gram, memory in zip(batches, grams, memories, strict=True):
             x = batch.read(rows, features, memory)
+            if outliers:
+                c = _rows_of_c(far, x, outliers, features)
+                energy += c.square().sum()
+                here = [i - features.start for i in outliers if features.start <= i < features.stop]
+                c[:, here] = 0
+                energy += c.square().sum()  # of the columns, which are these rows
+                x[:, here] = 0
             for i, j in pairs:
                 gram[i, j].addmm_(x[i], x[j].T)
             panels.append(x)
-        diagonal[features] = panels[0].mul_(panels[-1]).mean(0)
+        if standardize:
+            diagonal[features] = panels[0].mul_(panels[-1]).mean(0)
     for gram in grams:
         for i, j in pairs:
             if i != j:
                 gram[j, i] = gram[i, j].T
         gram /= D
-    energy = (D / N) ** 2 * (grams[0] * grams[-1]).sum() - diagonal.square().sum()
+    inside = diagonal.index_fill(0, torch.tensor(outliers, dtype=torch.int64), 0)
+    energy += (D / N) ** 2 * (grams[0] * grams[-1]).sum() - inside.square().sum()
     return energy, diagonal, grams[::-1]
+
+
+def _outliers(variances: Tensor) -> list[int]:
+    """Features with much of all squared variances: to ask is free on a CPU alone."""
+    if variances.device.type != "cpu":
+        return []
+    squares = (variances / variances.max()).square()
+    largest = squares.topk(min(OUTLIERS, len(squares)))
+    found = largest.indices[largest.values > SHARE * squares.sum()]
+    return sorted(found.tolist())
+
+
+def _rows_of_c(far: Tensor, x: Tensor, outliers: list[int], features: slice) -> Tensor:
+    """Rows of c of the outliers [O, P], at some features; 0 on the diagonal."""
+    c = far.T @ x / len(x)
+    for row, feature in enumerate(outliers):
+        if features.start <= feature < features.stop:
+            c[row, feature - features.start] = 0
+    return c
 
 
 def _features_fwd(

@@ -64,7 +64,7 @@ class SwAV(Method):
         "global_scale_min": 0.14,
     }
     recipes: ClassVar = {
-        "digits": {**_GREY, "local_size": 8, "epochs": 30},  # six crops take twice the time of two
+        "digits": {**_GREY, "local_size": 8},
         "mnist": {**_GREY, "local_size": 12},
         "fashion-mnist": {**_GREY, "local_size": 12},
         "cifar10": _CIFAR,

@@ -1,0 +1,97 @@
+"""The sigmoid loss over all pairs, tile by tile in PyTorch.
+
+    y_ij = s q_i.k_j + b        term_i = sum_j softplus(y_ij) + softplus(-y_ip) - softplus(y_ip)
+
+where column p = first + i is row i's pair. The derivative of a term needs nothing of other tiles,
+g_ij = sigmoid(y_ij), less 1 at the pair, so gradients are taken while the tile is at hand: three
+products in all, and nothing is left for the backward pass but to multiply.
+
+    dq_i = s sum_j g_ij k_j        dk_j = s sum_i g_ij q_i        ds = sum_ij g_ij q_i.k_j
+    db = sum_ij g_ij
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastssl.streaming.similarity import LEAST_EXPONENT, TILE, drop_negligible_
+
+MAX_EXPONENT = 40.0
+
+
+def sigmoid_fwd(
+    q: Tensor,
+    k: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    ids: Tensor | None,
+    first: int,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the terms [M] and the gradients of their sum by q, k, scale and bias.
+
+    first=-1: no row has a pair. Pairs of other rows and columns with equal ids are left out.
+    Gradients are of scale's type, and empty where ``needs`` does not ask for them.
+    """
+    need_q, need_k, need_scale, need_bias = needs
+    dtype, nothing = scale.dtype, scale.new_empty(0)
+    terms = scale.new_zeros(len(q))
+    row_gradients = need_q or need_scale
+    dq = torch.zeros_like(q, dtype=dtype) if row_gradients else nothing
+    dk = torch.zeros_like(k, dtype=dtype) if need_k else nothing
+    dbias = torch.zeros_like(scale) if need_bias else nothing
+    bounded = _bounded(q, k, scale, bias)
+    buffers = scale.new_empty(2, TILE * TILE)
+
+    for i in range(0, len(q), TILE):
+        rows = q[i : i + TILE].to(dtype) * scale
+        for j in range(0, len(k), TILE):
+            cols = k[j : j + TILE].to(dtype)
+            y, other = (
+                buffer[: len(rows) * len(cols)].view(len(rows), len(cols)) for buffer in buffers
+            )
+            torch.mm(rows, cols.T, out=y).add_(bias)
+            pair_offset = first + i - j if first >= 0 else len(cols)  # no such diagonal
+            pairs = y.diagonal(pair_offset) if -len(rows) < pair_offset < len(cols) else y[0, :0]
+            paired = pairs.clone()
+            if ids is not None:
+                hidden = ids[first + i :][: len(rows), None] == ids[j : j + TILE]
+                y.masked_fill_(hidden, -torch.inf)
+                pairs.copy_(paired)
+
+            pairs.neg_()
+            if not bounded:
+                y.clamp_min_(LEAST_EXPONENT[dtype])
+            small = bounded or (y.device.type == "cpu" and bool(y.max() <= MAX_EXPONENT))
+            if small:  # exponentials are far from overflow
+                torch.log1p(y.exp_(), out=other)
+            else:
+                torch.ops.aten.log_sigmoid.out(-y, out=other).neg_()
+            terms[i : i + TILE] += other.sum(1)
+            if not any(needs):
+                continue
+            if small:
+                y /= torch.add(y, 1, out=other)
+            else:
+                y.sigmoid_()
+            if not bounded:
+                drop_negligible_(y)
+            pairs.neg_()
+            if need_bias:
+                dbias += y.sum()
+            if row_gradients:
+                dq[i : i + TILE].addmm_(y, cols)
+            if need_k:
+                dk[j : j + TILE].addmm_(y.T, rows)
+
+    dscale = (q * dq).sum() if need_scale else nothing
+    return terms, dq.mul_(scale) if need_q else nothing, dk, dscale, dbias
+
+
+def _bounded(q: Tensor, k: Tensor, scale: Tensor, bias: Tensor) -> bool:
+    """Whether no score can exceed MAX_EXPONENT either way; to ask is free on a CPU alone."""
+    if scale.device.type != "cpu":
+        return False
+    lengths = [torch.linalg.vector_norm(x, dim=1, dtype=scale.dtype).max() for x in (q, k)]
+    return bool(scale.abs() * lengths[0] * lengths[1] + bias.abs() <= MAX_EXPONENT)
