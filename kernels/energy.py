@@ -12,6 +12,7 @@ term of VICReg (Bardes et al. 2022, equation 3) one factor for all features, and
     dual        K = û û^T, L = v̂ v̂^T, the upper half of their tiles;    N^2 D operations each
                 E = <K, L> / N^2 - sum_i c_ii^2
                 h_u = L û / N - diag(c) v̂, h_v = K v̂ / N - diag(c) û    2 N^2 D operations each
+                with one factor, outliers o are no part of K, and E and h gain their rows c_oj
     backward    dû = dE 2/N h_u + ddiag v̂ / N      (v = u: twice that)
                 du = factor (dû - mean(dû) - û mean(dû û))      without the last term for one factor
 
@@ -29,6 +30,8 @@ from fastssl.kernels.launch import launch, precision_of, splits_of, target
 
 CONSTANT = tl.constexpr(2.0**100)  # local factor of a constant feature: above that of any other
 SMALLEST_NORMAL = tl.constexpr(2.0**-126)
+OUTLIERS = tl.constexpr(16)  # at most
+SHARE = tl.constexpr(1 / 64)  # of all squared variances, from which on a feature is an outlier
 
 
 @lru_cache(maxsize=1024)
@@ -88,7 +91,7 @@ def launch_config(kernel, N, D, inputs, dtype, arch, multiprocessors):
 
 # A new value must not compile a new kernel. Lengths and bounds of rows in memory are left out:
 # whether they are multiples of 16 decides how wide loads are.
-_COUNTS = ["N", "splits", "count", "sides", "first_partial", "begun"]
+_COUNTS = ["N", "splits", "count", "far_count", "sides", "first_partial", "begun"]
 _VECTORS = ["ddiagonal_stride"]
 
 
@@ -157,6 +160,13 @@ def _factor(var, eps, STANDARDIZE: tl.constexpr):
         return tl.where(var < SMALLEST_NORMAL, CONSTANT, power)
 
 
+@triton.jit
+def _lift(var):
+    """The power of two that brings a deviation into [1/2, 1), 1 if there is none."""
+    power = _factor(tl.maximum(var, 0.0), 0.0, False)
+    return tl.where(power == CONSTANT, 1.0, power)
+
+
 @triton.jit(do_not_specialize=_COUNTS)
 def _moments_kernel(
     u_ptr, v_ptr, u_mean_ptr, u_factor_ptr, v_mean_ptr, v_factor_ptr, diagonal_ptr, eps,
@@ -219,6 +229,89 @@ def _common_factor_kernel(
         tl.store(v_factor_ptr + feats, tl.zeros([BLOCK_F], tl.float32) + v_common, mask=feats < D)
     diagonal = _load_vector(diagonal_ptr, feats, D)
     tl.store(diagonal_ptr + feats, diagonal * u_change * v_change, mask=feats < D)
+
+
+@triton.jit
+def _next_largest(x_ptr, last, last_at, D, BLOCK: tl.constexpr):
+    """The largest number after ``last`` and its place, ties in order; -1 and D if there is none."""
+    largest = tl.full([BLOCK], -1.0, tl.float32)
+    at = tl.zeros([BLOCK], tl.int32) + D
+    for start in range(0, D, BLOCK):
+        feats = start + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + feats, mask=feats < D, other=-1.0)
+        later = ((x < last) | ((x == last) & (feats > last_at))) & (x > largest)
+        largest = tl.where(later, x, largest)
+        at = tl.where(later, feats, at)
+    top = tl.max(largest, 0)
+    return top, tl.min(tl.where(largest == top, at, D), 0)
+
+
+@triton.jit(do_not_specialize=["D"])
+def _outliers_kernel(
+    diagonal_ptr, factor_ptr, outliers_ptr, rest_factor_ptr, raised_ptr, D, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Features with much of all squared variances, D in free places; the rest's factor, 0 for them.
+
+    The rest has a factor of its own, ``raised`` times as large, so that its deviations are near 1.
+    """
+    squares = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, D, BLOCK):
+        diagonal = _load_vector(diagonal_ptr, start + tl.arange(0, BLOCK), D)
+        squares += diagonal * diagonal
+    least = tl.sum(squares, 0) * SHARE
+
+    places = tl.arange(0, OUTLIERS)
+    outliers = tl.zeros([OUTLIERS], tl.int32) + D
+    found = 0
+    top, top_at = _next_largest(diagonal_ptr, float("inf"), -1, D, BLOCK)
+    while (found < OUTLIERS) & (top * top > least):
+        outliers = tl.where(places == found, top_at, outliers)
+        found += 1
+        top, top_at = _next_largest(diagonal_ptr, top, top_at, D, BLOCK)
+    tl.store(outliers_ptr + places, outliers)
+
+    raised = _lift(top)
+    tl.store(raised_ptr, raised)
+    for start in range(0, D, BLOCK):
+        feats = start + tl.arange(0, BLOCK)
+        diagonal = _load_vector(diagonal_ptr, feats, D)
+        far = (diagonal > top) | ((diagonal == top) & (feats < top_at))
+        rest_factor = tl.where(far, 0.0, _load_vector(factor_ptr, feats, D) * raised)
+        tl.store(rest_factor_ptr + feats, rest_factor, mask=feats < D)
+
+
+@triton.jit(do_not_specialize=_COUNTS)
+def _outlier_rows_kernel(
+    z_ptr, mean_ptr, factor_ptr, rest_factor_ptr, outliers_ptr, far_c_ptr, far_energy_ptr,
+    N, D, z_stride_n, z_stride_d,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """Rows of c of the outliers [OUTLIERS, D], 0 on its diagonal, or squares of rows and columns.
+
+    Nothing is read where there are no outliers.
+    """
+    feats = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+    places = tl.arange(0, OUTLIERS)
+    outliers = tl.load(outliers_ptr + places)
+    far_mean = _load_vector(mean_ptr, outliers, D)
+    far_factor = _load_vector(factor_ptr, outliers, D)
+    mean = _load_vector(mean_ptr, feats, D)
+    factor = _load_vector(factor_ptr, feats, D)
+    acc = tl.zeros([OUTLIERS, BLOCK_F], tl.float32)
+    for start in range(0, tl.where(tl.load(outliers_ptr) < D, N, 0), BLOCK_N):
+        rows = start + tl.arange(0, BLOCK_N)
+        far = _load_unit(z_ptr, rows, outliers, N, D, z_stride_n, z_stride_d, far_mean, far_factor)
+        z = _load_unit(z_ptr, rows, feats, N, D, z_stride_n, z_stride_d, mean, factor)
+        far, z = _operand(far, tl.float32, PRECISION), _operand(z, tl.float32, PRECISION)
+        acc = tl.dot(tl.trans(far), z, acc, input_precision=PRECISION)
+
+    c = tl.where(outliers[:, None] == feats[None, :], 0.0, acc / N)
+    if far_c_ptr is not None:
+        tl.store(far_c_ptr + places[:, None] * D + feats[None, :], c, mask=(feats < D)[None, :])
+    if far_energy_ptr is not None:
+        # The column of an outlier is another row of these, that of any other feature is not.
+        sides = tl.where(_load_vector(rest_factor_ptr, feats, D) == 0, 1.0, 2.0)
+        tl.store(far_energy_ptr + tl.program_id(0), tl.sum(c * c * sides[None, :]))
 
 
 @triton.jit
@@ -312,15 +405,23 @@ def _gram_merge_kernel(
 @triton.jit(do_not_specialize=_COUNTS)
 def _gram_bwd_kernel(
     gram_ptr, u_ptr, v_ptr, u_mean_ptr, u_factor_ptr, v_mean_ptr, v_factor_ptr, diagonal_ptr, h_ptr,
+    outliers_ptr, rest_factor_ptr, raised_ptr, far_c_ptr,
     N, D, gram_stride, u_stride_n, u_stride_d, v_stride_n, v_stride_d,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """h_u = D/N (L/D) û - c_ii v̂, and with u and v, K and L swapped, h_v; gram_stride is N."""
+    """h_u = D/N (L/D) û - c_ii v̂, and with u and v, K and L swapped, h_v; gram_stride is N.
+
+    With outliers, which are no part of L, theirs is D/N (L/D) û, and all gain sum_o c_oi û_no.
+    """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     feats = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     u_mean = _load_vector(u_mean_ptr, feats, D)
     u_factor = _load_vector(u_factor_ptr, feats, D)
+    if outliers_ptr is not None:
+        # A feature that is small beside others keeps its digits too.
+        lift = _lift(_load_vector(diagonal_ptr, feats, D))
+        u_factor *= lift
     dtype: tl.constexpr = u_ptr.dtype.element_ty
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, gram_stride, BLOCK_K):
@@ -339,7 +440,22 @@ def _gram_bwd_kernel(
     v_mean = _load_vector(v_mean_ptr, feats, D)
     v_factor = _load_vector(v_factor_ptr, feats, D)
     v = _load_unit(v_ptr, rows, feats, N, D, v_stride_n, v_stride_d, v_mean, v_factor)
-    h = (acc + own[:, None] * u) * (D / N) - _load_vector(diagonal_ptr, feats, D)[None, :] * v
+    h = (acc + own[:, None] * u) * (D / N)
+    diagonal = _load_vector(diagonal_ptr, feats, D)
+    if outliers_ptr is not None:
+        lower = 1 / tl.load(raised_ptr)
+        h *= (lower * lower / lift)[None, :]
+        rest_factor = _load_vector(rest_factor_ptr, feats, D)
+        diagonal = tl.where(rest_factor == 0, 0.0, diagonal)
+    h -= diagonal[None, :] * v
+    if outliers_ptr is not None:
+        found = tl.sum((tl.load(outliers_ptr + tl.arange(0, OUTLIERS)) < D).to(tl.int32), 0)
+        for place in range(0, found):
+            outlier = tl.load(outliers_ptr + place)
+            far_at = rows.to(tl.int64) * v_stride_n + outlier.to(tl.int64) * v_stride_d
+            far = tl.load(v_ptr + far_at, mask=rows < N, other=0.0).to(tl.float32)
+            far = (far - tl.load(v_mean_ptr + outlier)) * tl.load(v_factor_ptr + outlier)
+            h += far[:, None] * _load_vector(far_c_ptr + place * D, feats, D)[None, :]
     out = rows.to(tl.int64)[:, None] * D + feats[None, :]
     tl.store(h_ptr + out, h, mask=(rows < N)[:, None] & (feats < D)[None, :])
 
@@ -425,9 +541,13 @@ def _panel_product_kernel(
 
 @triton.jit(do_not_specialize=[*_COUNTS, "D"])
 def _energy_kernel(
-    partials_ptr, diagonal_ptr, energy_ptr, count, N, D, BLOCK: tl.constexpr,
+    partials_ptr, diagonal_ptr, rest_factor_ptr, raised_ptr, far_energy_ptr, energy_ptr,
+    count, far_count, N, D, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sum the partial energies; on the dual route (D/N)^2 <K/D, L/D> less that of the diagonal."""
+    """Sum the partial energies; on the dual route (D/N)^2 <K/D, L/D> less that of the diagonal.
+
+    With outliers that is of the rest, and those of their rows and columns are added.
+    """
     # The difference of two large numbers: in float64.
     total = tl.zeros([BLOCK], tl.float64)
     for start in range(0, count, BLOCK):
@@ -435,11 +555,21 @@ def _energy_kernel(
         total += tl.load(partials_ptr + at, mask=at < count, other=0.0).to(tl.float64)
     if diagonal_ptr is not None:
         ratio = D.to(tl.float64) / N.to(tl.float64)
+        if far_energy_ptr is not None:
+            raised = tl.load(raised_ptr).to(tl.float64)
+            ratio /= raised * raised
         total *= ratio * ratio
         for start in range(0, D, BLOCK):
             feats = start + tl.arange(0, BLOCK)
             diagonal = _load_vector(diagonal_ptr, feats, D).to(tl.float64)
+            if far_energy_ptr is not None:
+                rest_factor = _load_vector(rest_factor_ptr, feats, D)
+                diagonal = tl.where(rest_factor == 0, 0.0, diagonal)
             total -= diagonal * diagonal
+    if far_energy_ptr is not None:
+        for start in range(0, far_count, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            total += tl.load(far_energy_ptr + at, mask=at < far_count, other=0.0).to(tl.float64)
     tl.store(energy_ptr, tl.sum(total, 0).to(tl.float32))
 
 
@@ -550,6 +680,52 @@ def _statistics(u, v, eps, standardize, precision, options):
             num_warps=4,
         )
     return u_mean, u_factor, v_mean, v_factor, diagonal
+
+
+def _outliers(diagonal, factor):
+    """Find the features that stay out of K: pointers to them, to the rest's factor, and raised."""
+    D = len(diagonal)
+    outliers = torch.empty(OUTLIERS.value, dtype=torch.int32, device=diagonal.device)
+    rest_factor, raised = torch.empty_like(diagonal), diagonal.new_empty(())
+    pointers = {"outliers_ptr": outliers, "rest_factor_ptr": rest_factor, "raised_ptr": raised}
+    launch(
+        _outliers_kernel,
+        (1,),
+        diagonal_ptr=diagonal,
+        factor_ptr=factor,
+        **pointers,
+        D=D,
+        BLOCK=4096,
+        num_warps=8,
+    )
+    return pointers
+
+
+def _outlier_rows(z, mean, factor, outliers, arch, *, keep):
+    """Return outliers' rows of c to keep, or else their partial energies."""
+    (N, D), block = z.shape, 32
+    blocks = triton.cdiv(D, block)
+    out = mean.new_empty((OUTLIERS.value, D) if keep else blocks)
+    launch(
+        _outlier_rows_kernel,
+        (blocks,),
+        z_ptr=z,
+        mean_ptr=mean,
+        factor_ptr=factor,
+        rest_factor_ptr=outliers["rest_factor_ptr"],
+        outliers_ptr=outliers["outliers_ptr"],
+        far_c_ptr=out if keep else None,
+        far_energy_ptr=None if keep else out,
+        N=N,
+        D=D,
+        **_strides(z=z),
+        PRECISION=precision_of(torch.float32, arch),
+        BLOCK_N=block,
+        BLOCK_F=block,
+        num_warps=4,
+        num_stages=2,
+    )
+    return out
 
 
 def _gram_fwd(operands, u_gram, v_gram, symmetric, precision, config):
@@ -710,6 +886,11 @@ def cross_energy_fwd(u, v, eps, standardize, dual, save):
             for shape in saved_shapes(N, D, dual=dual, save=save, two=not symmetric)
         )
         saved = (u_saved, v_saved, symmetric)
+        outliers, far_energy = dict.fromkeys(["rest_factor_ptr", "raised_ptr"]), None
+        if dual and symmetric and not standardize:
+            outliers = _outliers(diagonal, u_factor)
+            far_energy = _outlier_rows(u, u_mean, u_factor, outliers, arch, keep=False)
+            operands["u_factor_ptr"] = operands["v_factor_ptr"] = outliers["rest_factor_ptr"]
         if dual:
             partials = _gram_fwd(operands, *saved, precision, config)
         else:
@@ -720,8 +901,12 @@ def cross_energy_fwd(u, v, eps, standardize, dual, save):
             (1,),
             partials_ptr=partials,
             diagonal_ptr=diagonal if dual else None,
+            rest_factor_ptr=outliers["rest_factor_ptr"],
+            raised_ptr=outliers["raised_ptr"],
+            far_energy_ptr=far_energy,
             energy_ptr=energy,
             count=partials.numel(),
+            far_count=None if far_energy is None else far_energy.numel(),
             N=N,
             D=D,
             BLOCK=1024,
@@ -741,6 +926,10 @@ def _gradient(
     h = saved
     if dual:
         options, _ = launch_config("gram_bwd", *config)
+        outliers = dict.fromkeys(["outliers_ptr", "rest_factor_ptr", "raised_ptr", "far_c_ptr"])
+        if symmetric and not standardize:
+            outliers = _outliers(diagonal, stats[1])
+            outliers["far_c_ptr"] = _outlier_rows(z, *stats, outliers, arch, keep=True)
         h = torch.empty(N, D, dtype=torch.float32, device=device)
         launch(
             _gram_bwd_kernel,
@@ -754,6 +943,7 @@ def _gradient(
             v_factor_ptr=other_stats[1],
             diagonal_ptr=diagonal,
             h_ptr=h,
+            **outliers,
             N=N,
             D=D,
             gram_stride=N,

@@ -246,6 +246,154 @@ def test_nan_in_gives_nan_out(standardize: bool, dual: bool) -> None:
     assert dv[:, 2].isnan().all()
 
 
+def check_each_feature(u: Tensor) -> tuple[Tensor, ...]:
+    """Compare VICReg's dual route with float64, each feature's gradient relative to its own size.
+
+    Upstream gradients are such that both terms of each count, and that float16 has room for it.
+    """
+    N, D = u.shape
+    out = energy.cross_energy_fwd(u, None, EPS, False, True, save=True)
+    total, diagonal, *stats, u_saved, v_saved = out
+    z = u.double().requires_grad_()
+    unit = (z - z.mean(0)) * stats[1].double()
+    c = unit.T @ unit / N
+    off = c - c.diagonal().diag()
+    along = (unit @ off).norm(dim=0) / unit.norm(dim=0).clamp_min(1e-300)
+    along = along.where(along > 0, c.diagonal())  # one feature alone
+    ddiagonal = (along * torch.linspace(-1, 1, D)).detach().float()
+    loss = off.square().sum() + (ddiagonal * c.diagonal()).sum()
+    (exact,) = torch.autograd.grad(loss, z)
+    upstream = 2.0 ** (10 - int(exact.abs().max().log2()))
+    du, _ = energy.cross_energy_bwd(
+        torch.tensor(upstream), upstream * ddiagonal, u, None, *stats, diagonal, u_saved, v_saved,
+        False, True, (True, False),
+    )  # fmt: skip
+    tolerance, tiny = TOLERANCE[u.dtype], torch.finfo(u.dtype).smallest_normal
+    assert_close(total, off.square().sum().detach(), tolerance)
+    assert ((diagonal - c.diagonal()).abs() <= tolerance * c.diagonal()).all()
+    exact *= upstream
+    allowed = tolerance * exact.abs().amax(0) + tiny * torch.finfo(u.dtype).eps
+    assert ((du - exact).abs() <= allowed).all()
+    return *out, du
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("large", [1, 3, 16, 40])
+def test_a_few_large_features_drown_no_small_ones(large: int, dtype: torch.dtype) -> None:
+    scales = torch.full((100,), 1e-3)
+    scales[torch.randperm(100)[:large]] = 1e3
+    check_each_feature((torch.randn(37, 100) * scales).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_features_of_all_sizes(dtype: torch.dtype) -> None:
+    u = torch.randn(37, 100) * 10 ** (6 * torch.rand(100) - 3)
+    check_each_feature(u.to(dtype))
+
+
+@pytest.mark.parametrize("shape", [(2, 100), (2, 1), (5, 7), (9, 16), (9, 17)])
+@pytest.mark.parametrize("ratio", [1.0, 1e6])
+def test_outliers_of_few_samples_and_features(shape: tuple[int, int], ratio: float) -> None:
+    u = torch.randn(shape)
+    u[:, -1] *= ratio
+    check_each_feature(u)
+
+
+def test_a_large_constant_feature_is_no_outlier() -> None:
+    u = 1e-3 * torch.randn(20, 100)
+    u[:, 5] *= 1e6
+    u[:, 50] = 1e3
+    _, diagonal, *_, du = check_each_feature(u)
+    assert diagonal[50] == 0
+    assert (du[:, 50] == 0).all()
+
+
+def test_an_outlier_far_from_zero() -> None:
+    u = torch.randn(20, 100)
+    u[:, 5] = 1e5 + 1e3 * u[:, 5].round(decimals=1)
+    check_each_feature(u)
+
+
+def test_outliers_may_lie_anywhere_in_memory() -> None:
+    u = torch.randn(17, 90)
+    u[:, 3] *= 1e4
+    wide = torch.zeros(180, 34)
+    wide[::2, ::2] = u.T
+    for got, expected in zip(
+        check_each_feature(wide.T[::2, ::2]), check_each_feature(u), strict=True
+    ):
+        torch.testing.assert_close(got, expected)
+
+
+def test_nan_beside_an_outlier_gives_nan_out() -> None:
+    u = torch.randn(20, 100)
+    u[:, 5] *= 1e3
+    u[3, 50] = torch.nan
+    out, (du, _) = forward_and_backward(u, None, torch.ones(100), False, True)
+    assert out[0].isnan()
+    assert du.isnan().any(0).all()
+
+
+def test_a_gradient_with_outliers_that_is_not_needed_is_none() -> None:
+    u = torch.randn(9, 20)
+    _, diagonal, *rest = energy.cross_energy_fwd(u, None, EPS, False, True, save=False)
+    *stats, u_saved, v_saved = rest
+    assert energy.cross_energy_bwd(
+        torch.tensor(0.7), torch.ones(20), u, None, *stats, diagonal, u_saved, v_saved,
+        False, True, (False, False),
+    ) == (None, None)  # fmt: skip
+
+
+def test_of_more_outliers_than_there_is_room_for_the_first_are_taken() -> None:
+    diagonal = torch.full((100,), 1e-6)
+    diagonal[7:27] = 0.5
+    found = energy._outliers(diagonal, torch.ones(100))
+    assert found["outliers_ptr"].tolist() == list(range(7, 23))
+    assert (found["rest_factor_ptr"] == 0).nonzero().flatten().tolist() == list(range(7, 23))
+    assert (found["rest_factor_ptr"][23:] == 1).all()
+
+
+@pytest.mark.parametrize("ratio", [1.0, 1e3])
+def test_outliers_are_the_same_each_time(ratio: float) -> None:
+    u = torch.randn(20, 100)
+    u[:, 7:27] *= ratio  # more than there is room for, and equal
+    u[:, 7:27] = u[:, 7:8]
+    ones = torch.ones(100)
+    results = [forward_and_backward(u, None, ones, False, True) for _ in range(2)]
+    for first, second in zip(*([*out, du] for out, (du, _) in results), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("ratio", [1.0, 1e3])
+def test_only_outliers_are_computed_apart(ratio: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    find = energy._outliers
+
+    def spy(diagonal: Tensor, factor: Tensor) -> dict[str, Tensor]:
+        found.append(find(diagonal, factor))
+        return found[-1]
+
+    monkeypatch.setattr(energy, "_outliers", spy)
+    u, _ = views(20, 400)
+    u[:, [300, 20]] *= ratio
+    u[:, 20] *= ratio**0.1
+    forward_and_backward(u, None, torch.ones(400), False, True)
+    forward, backward = found
+    places = [20, 300] if ratio > 1 else []
+    free = [400] * (16 - len(places))
+    assert forward["outliers_ptr"].tolist() == backward["outliers_ptr"].tolist() == places + free
+    assert (forward["rest_factor_ptr"] == 0).nonzero().flatten().tolist() == places
+    rest = forward["rest_factor_ptr"][forward["rest_factor_ptr"] != 0]
+    assert (rest == rest[0]).all()
+    stds = u.std(0, correction=0)[forward["rest_factor_ptr"] != 0]
+    assert 0.5 <= rest[0] * stds.max() < 1
+    found.clear()
+    for v, standardize in ((None, True), (u, False)):
+        forward_and_backward(u, v, torch.ones(400), standardize, True)
+    assert not found
+
+
 @pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "gfx942"])
 def test_workspaces_are_bounded(arch: str) -> None:
     sizes = [2, 100, 3000, 16384, 1_000_000]
