@@ -81,7 +81,8 @@ class Similarity(NamedTuple):
             similarity.class_lse_fwd(x, scale, classes, None)
             similarity.class_lse_bwd(row, x, scale, classes, None, row, row, row, needs[:2])
         elif self.launchers == "fixed_keys":
-            similarity.fixed_keys_lse_fwd(x, x, scale, ids, ids, True)
+            for gradients in BOTH:
+                similarity.fixed_keys_lse_fwd(x, x, scale, ids, ids, gradients)
         elif self.launchers == "similarity":
             for normalize in BOTH:
                 similarity.similarity_lse_fwd(x, x, scale, ids, ids, normalize)

@@ -885,7 +885,8 @@ def _fixed_keys_lse_kernel(
 ):  # fmt: skip
     """Write parts and tops [splits, M] as the forward kernel does, and sums of unit columns.
 
-    These, dunit [splits, M, D], are sum_j exp(x_ij - top_i) y^_j over a share of the columns.
+    These, dunit [splits, M, D], are sum_j exp(x_ij - top_i) y^_j over a share of the columns, where
+    dunit_ptr is given.
     """
     FP16: tl.constexpr = x_ptr.dtype.element_ty == tl.float16
     feats = tl.arange(0, BLOCK_D)
@@ -916,20 +917,22 @@ def _fixed_keys_lse_kernel(
             logits = tl.where((cols < N)[None, :], logits, -float("inf"))
         top, kept, weights = _relative(top, logits, 1)
         total = total * kept + tl.sum(weights, 1)
-        if FP16:  # weight / |y| may not be a float16 number: y becomes a unit tile
-            y = _times(y, y_rnorm)
-            weights *= FP16_WEIGHT
-        else:
-            weights *= y_rnorm[None, :]
-        acc = tl.dot(weights.to(y.dtype), y, acc * kept[:, None], input_precision=PRECISION)
+        if dunit_ptr is not None:
+            if FP16:  # weight / |y| may not be a float16 number: y becomes a unit tile
+                y = _times(y, y_rnorm)
+                weights *= FP16_WEIGHT
+            else:
+                weights *= y_rnorm[None, :]
+            acc = tl.dot(weights.to(y.dtype), y, acc * kept[:, None], input_precision=PRECISION)
 
     part_at = tl.program_id(1).to(tl.int64) * M + rows
     tl.store(parts_ptr + part_at, total, mask=rows < M)
     tl.store(parts_ptr + splits.to(tl.int64) * M + part_at, top, mask=rows < M)
-    if FP16:
-        acc *= 1 / FP16_WEIGHT
-    mask = (rows < M)[:, None] & (feats < D)[None, :]
-    tl.store(dunit_ptr + part_at[:, None] * D + feats[None, :], acc, mask=mask)
+    if dunit_ptr is not None:
+        if FP16:
+            acc *= 1 / FP16_WEIGHT
+        mask = (rows < M)[:, None] & (feats < D)[None, :]
+        tl.store(dunit_ptr + part_at[:, None] * D + feats[None, :], acc, mask=mask)
 
 
 @triton.jit(do_not_specialize=_COUNTS)
@@ -938,7 +941,7 @@ def _fixed_keys_lse_finish_kernel(
     M, splits, x_stride_n, x_stride_d,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Merge parts, tops and dunit of the shares: lse [M] and its derivatives by x_i and s."""
+    """Merge parts and tops of the shares: lse [M]; and if dunit, its derivatives by x_i and s."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     part = tl.arange(0, BLOCK_PARTS)
     part_at = part.to(tl.int64)[:, None] * M + rows[None, :]
@@ -951,23 +954,24 @@ def _fixed_keys_lse_finish_kernel(
     total = tl.sum(totals, 0)
     tl.store(lse_ptr + rows, (top + tl.log2(total)) * LN2, mask=rows < M)
 
-    feats = tl.arange(0, BLOCK_D)
-    dunit = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for some in range(0, splits, 4):
-        for split in tl.static_range(4):  # loads that do not wait for one another
-            left = tl.where(some + split < splits, M, 0)
-            row_at = M.to(tl.int64) * (some + split) + rows
-            kept = tl.exp2(tl.load(tops_ptr + row_at, rows < left, -float("inf")) - shift)
-            at = row_at[:, None] * D + feats[None, :]
-            mask = (rows < left)[:, None] & (feats < D)[None, :]
-            dunit += tl.load(dunit_ptr + at, mask=mask, other=0.0) * kept[:, None]
-    dunit *= tl.where(total == 0, 0.0, 1 / total)[:, None]
-    rnorm = tl.load(rnorm_ptr + rows, mask=rows < M, other=0.0)
-    scale = tl.load(scale_ptr).to(tl.float32)
-    _store_gradient(
-        dunit, total, rows, rows, feats, scale, x_ptr, rnorm, dx_ptr, dscale_ptr,
-        M, x_stride_n, x_stride_d, D, True, False,
-    )  # fmt: skip
+    if dunit_ptr is not None:
+        feats = tl.arange(0, BLOCK_D)
+        dunit = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        for some in range(0, splits, 4):
+            for split in tl.static_range(4):  # loads that do not wait for one another
+                left = tl.where(some + split < splits, M, 0)
+                row_at = M.to(tl.int64) * (some + split) + rows
+                kept = tl.exp2(tl.load(tops_ptr + row_at, rows < left, -float("inf")) - shift)
+                at = row_at[:, None] * D + feats[None, :]
+                mask = (rows < left)[:, None] & (feats < D)[None, :]
+                dunit += tl.load(dunit_ptr + at, mask=mask, other=0.0) * kept[:, None]
+        dunit *= tl.where(total == 0, 0.0, 1 / total)[:, None]
+        rnorm = tl.load(rnorm_ptr + rows, mask=rows < M, other=0.0)
+        scale = tl.load(scale_ptr).to(tl.float32)
+        _store_gradient(
+            dunit, total, rows, rows, feats, scale, x_ptr, rnorm, dx_ptr, dscale_ptr,
+            M, x_stride_n, x_stride_d, D, True, False,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=[*_COUNTS, *_VECTORS])
@@ -1590,10 +1594,11 @@ def fixed_keys_lse_fwd(q, k, scale, row_ids, col_ids, gradients):
     options, splits = launch_config(
         "fixed_keys", M, N, D, q.dtype, row_ids is not None, arch, multiprocessors
     )
-    if not gradients or options["BLOCK_D"] < D:  # rows too wide for one tile are walked twice
+    nothing = [torch.empty(shape, dtype=torch.float32, device=device) for shape in ((0, 0), 0)]
+    if options["BLOCK_D"] < D:  # rows too wide for one tile are walked twice
         lse, top, total, *norms = similarity_lse_fwd(q, k, scale, *ids, True)
         if not gradients:
-            return lse, lse.new_empty(0, 0), lse.new_empty(0)
+            return lse, *nothing
         with torch.cuda.device_of(q):
             one = torch.ones(1, dtype=torch.float32, device=device).expand(M)
             dq, dscale = _gradient(
@@ -1604,9 +1609,10 @@ def fixed_keys_lse_fwd(q, k, scale, row_ids, col_ids, gradients):
 
     q_rnorm, k_rnorm = _empty_rnorms(q, k, True)
     parts = torch.empty(2, splits, M, dtype=torch.float32, device=device)
-    dunit = torch.empty(splits, M, D, dtype=torch.float32, device=device)
-    lse, dscale = torch.empty_like(q_rnorm), torch.empty_like(q_rnorm)
-    dq = torch.empty(M, D, dtype=q.dtype, device=device)
+    lse, dq, dscale, dunit = torch.empty_like(q_rnorm), None, None, None
+    if gradients:
+        dq, dscale = torch.empty(M, D, dtype=q.dtype, device=device), torch.empty_like(lse)
+        dunit = torch.empty(splits, M, D, dtype=torch.float32, device=device)
     block_m = max(1, 1024 // options["BLOCK_D"])
     shared = {
         **strided(x=q),
@@ -1645,7 +1651,7 @@ def fixed_keys_lse_fwd(q, k, scale, row_ids, col_ids, gradients):
             BLOCK_PARTS=triton.next_power_of_2(splits),
             num_warps=4,
         )
-    return lse, dq, dscale
+    return lse, *((dq, dscale) if gradients else nothing)
 
 
 def pair_lse_fwd(q, k, scale, ids, first, columns, normalize):
