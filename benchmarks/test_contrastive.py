@@ -41,7 +41,8 @@ def test_clip(compare, logit_scale: float, provider: str) -> None:
         [*pairs(128, d), scale],
         [*pairs(n, d), scale],
         operations=4 * 2 * n * n * d,
-        rounds=7,
+        rounds=9,
+        warmup=4,
     )
 
 
@@ -63,7 +64,8 @@ def test_siglip(compare, provider: str) -> None:
         [*pairs(128, d), *scalars],
         [*pairs(n, d), *scalars],
         operations=3 * 2 * n * n * d,
-        rounds=7,
+        rounds=9,
+        warmup=4,
     )
 
 
@@ -122,7 +124,8 @@ def test_supcon(compare, device: str, provider: str) -> None:
         [normalize(torch.randn(64, v, d), dim=2)],
         [normalize(torch.randn(b, v, d), dim=2)],
         operations=4 * (b * v) ** 2 * d,
-        rounds=7,
+        rounds=9,
+        warmup=4,
         few_loss=loss_of(few),
     )
 
@@ -145,6 +148,7 @@ def test_dcl(compare, provider: str) -> None:
         pairs(n, d),
         operations=4 * (2 * n) ** 2 * d,
         rounds=15,
+        warmup=4,
     )
 
 

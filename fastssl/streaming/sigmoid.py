@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastssl.streaming.similarity import LEAST_EXPONENT, TILE, drop_negligible_
+from fastssl.streaming.similarity import LEAST_EXPONENT, drop_negligible_, tile_rows
 
 MAX_EXPONENT = 40.0
 
@@ -42,12 +42,13 @@ def sigmoid_fwd(
     dk = torch.zeros_like(k, dtype=dtype) if need_k else nothing
     dbias = torch.zeros_like(scale) if need_bias else nothing
     bounded = _bounded(q, k, scale, bias)
-    buffers = scale.new_empty(2, TILE * TILE)
+    size = tile_rows(q)
+    buffers = scale.new_empty(2, min(size, len(q)) * min(size, len(k)))
 
-    for i in range(0, len(q), TILE):
-        rows = q[i : i + TILE].to(dtype) * scale
-        for j in range(0, len(k), TILE):
-            cols = k[j : j + TILE].to(dtype)
+    for i in range(0, len(q), size):
+        rows = q[i : i + size].to(dtype) * scale
+        for j in range(0, len(k), size):
+            cols = k[j : j + size].to(dtype)
             y, other = (
                 buffer[: len(rows) * len(cols)].view(len(rows), len(cols)) for buffer in buffers
             )
@@ -56,7 +57,7 @@ def sigmoid_fwd(
             pairs = y.diagonal(pair_offset) if -len(rows) < pair_offset < len(cols) else y[0, :0]
             paired = pairs.clone()
             if ids is not None:
-                hidden = ids[first + i :][: len(rows), None] == ids[j : j + TILE]
+                hidden = ids[first + i :][: len(rows), None] == ids[j : j + size]
                 y.masked_fill_(hidden, -torch.inf)
                 pairs.copy_(paired)
 
@@ -68,7 +69,7 @@ def sigmoid_fwd(
                 torch.log1p(y.exp_(), out=other)
             else:
                 torch.ops.aten.log_sigmoid.out(-y, out=other).neg_()
-            terms[i : i + TILE] += other.sum(1)
+            terms[i : i + size] += other.sum(1)
             if not any(needs):
                 continue
             if small:
@@ -81,9 +82,9 @@ def sigmoid_fwd(
             if need_bias:
                 dbias += y.sum()
             if row_gradients:
-                dq[i : i + TILE].addmm_(y, cols)
+                dq[i : i + size].addmm_(y, cols)
             if need_k:
-                dk[j : j + TILE].addmm_(y.T, rows)
+                dk[j : j + size].addmm_(y.T, rows)
 
     dscale = (q * dq).sum() if need_scale else nothing
     return terms, dq.mul_(scale) if need_q else nothing, dk, dscale, dbias

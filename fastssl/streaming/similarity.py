@@ -31,7 +31,8 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-TILE = 512
+TILE = 512  # rows and columns of a tile
+WIDE = 256  # features from which on a tile has twice as many: products take longer than the rest
 MAX_UNSHIFTED = 40.0
 MAX_SPREAD = 32.0
 LEAST_EXPONENT = {torch.float32: -60.0, torch.float64: -600.0}
@@ -42,7 +43,7 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 class _Block(NamedTuple):
-    """At most TILE consecutive rows of a matrix."""
+    """Consecutive rows of a matrix."""
 
     rows: slice  # their place among all rows
     x: Tensor  # [B, D], as given
@@ -536,7 +537,7 @@ def _add_gradients(
     cols, first and positives as in ``_sums``; W holds the share of pairs or positives too.
     """
     like = rows[0].factor
-    buffer = torch.empty(TILE * TILE, dtype=like.dtype, device=like.device)
+    buffer = like.new_empty(len(rows[0].x) * len((cols or rows)[0].x))
     subnormal = not unshifted or _may_be_subnormal(row_share, col_share)
     for row, col, scores, q, k, pairs in _tiles(rows, cols, first=first, gradients=True):
         row_top, row_weight, row_dlse = (part[row.rows] for part in row_share)
@@ -603,7 +604,7 @@ def _tiles(
     whose score is copied to pairs. Equal ids do not see each other. gradients=True leaves out tiles
     that nobody needs the gradient of. The scores' memory is used again and again.
     """
-    buffer = rows[0].factor.new_empty(TILE * TILE)
+    buffer = rows[0].factor.new_empty(len(rows[0].x) * len((cols or rows)[0].x))
     for i, row in enumerate(rows):
         q = row.scaled()
         for col in rows[i:] if cols is None else cols:
@@ -674,7 +675,7 @@ def _blocks(
     blocks = []
     offset = 0
     for piece, grad in zip(pieces, grads, strict=False):
-        size = math.ceil(len(piece) / math.ceil(len(piece) / TILE))
+        size = math.ceil(len(piece) / math.ceil(len(piece) / tile_rows(piece)))
         for start in range(0, len(piece), size):
             here = slice(start, min(start + size, len(piece)))
             rows = slice(offset + here.start, offset + here.stop)
@@ -689,6 +690,11 @@ def _blocks(
             )
         offset += len(piece)
     return blocks
+
+
+def tile_rows(x: Tensor) -> int:
+    """How many rows of x a tile has at most."""
+    return TILE if x.shape[1] < WIDE else 2 * TILE
 
 
 def _rnorm(x: Tensor, normalize: bool = True) -> Tensor:
