@@ -55,7 +55,10 @@ def test_two_pairs_by_hand() -> None:
         assert module.clip(image, text, s).item() == pytest.approx((images + texts) / 4)
 
     b = -1.5
-    softplus = lambda y: math.log(1 + math.exp(y))  # noqa: E731
+
+    def softplus(y):
+        return math.log(1 + math.exp(y))
+
     positives = softplus(-x[0][0] - b) + softplus(-x[1][1] - b)
     negatives = softplus(x[0][1] + b) + softplus(x[1][0] + b)
     for module in (functional, reference):

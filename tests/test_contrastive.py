@@ -382,10 +382,16 @@ def test_views_of_other_memory_give_the_same(case: Case, target: Target) -> None
     spread = [x.new_zeros(2 * len(x), 25) for x in z]
     for x, memory in zip(z, spread, strict=True):
         memory[::2, 1::2] = x
-    strided = lambda *memory: fused(case, target)(*(x[::2, 1::2] for x in memory))  # noqa: E731
+
+    def strided(*memory):
+        return fused(case, target)(*(x[::2, 1::2] for x in memory))
+
     value, *grads = value_and_gradients(strided, spread)
     assert_close([value, *(x[::2, 1::2] for x in grads)], expected)
-    transposed = lambda *columns: fused(case, target)(*(x.T for x in columns))  # noqa: E731
+
+    def transposed(*columns):
+        return fused(case, target)(*(x.T for x in columns))
+
     value, *grads = value_and_gradients(transposed, [x.T.contiguous() for x in z])
     assert_close([value, *(x.T for x in grads)], expected)
 

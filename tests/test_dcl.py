@@ -86,7 +86,10 @@ def test_nt_xent_is_dcl_with_the_positive_among_the_negatives(target: Target) ->
 
 def test_weights_of_one_change_nothing(target: Target) -> None:
     z = views(target, 20, 8)
-    ones = lambda z0, z1: torch.ones_like(z0[:, 0])  # noqa: E731
+
+    def ones(z0, z1):
+        return torch.ones_like(z0[:, 0])
+
     torch.testing.assert_close(
         functional.dcl(*z, weight_fn=ones, backend=target.backend),
         functional.dcl(*z, backend=target.backend),
@@ -110,7 +113,10 @@ def test_weights_are_asked_for_each_view_with_unit_rows(target: Target) -> None:
 
 def test_weights_may_have_gradients(target: Target) -> None:
     dtype = DOUBLE if target.backend == "torch" else torch.float32
-    weigh = lambda z0, z1: (z0 * z1[:, :1]).sum(1).exp()  # noqa: E731
+
+    def weigh(z0, z1):
+        return (z0 * z1[:, :1]).sum(1).exp()
+
     check_accuracy(
         partial(functional.dcl, temperature=0.3, weight_fn=weigh, backend=target.backend),
         partial(reference.dcl, temperature=0.3, weight_fn=weigh),
@@ -142,7 +148,10 @@ def test_rows_that_ids_leave_no_negatives_have_an_infinite_term(target: Target) 
     loss = partial(functional.dcl, temperature=0.5, backend=target.backend, ids=ids)
     assert (loss(*z, reduction="none") == -torch.inf).all()
     _, *grads = value_and_gradients(loss, z)
-    positives = lambda *z: -2 * torch.cosine_similarity(*z).mean()  # noqa: E731
+
+    def positives(*z):
+        return -2 * torch.cosine_similarity(*z).mean()
+
     for got, expected in zip(grads, value_and_gradients(positives, z)[1:], strict=True):
         torch.testing.assert_close(got, expected)
 
@@ -213,7 +222,10 @@ class TestModule:
 
     def test_replaces_lightlys_with_its_weights(self) -> None:
         lightly = pytest.importorskip("lightly.loss")
-        weigh = lambda a, b: ((a - b) ** 2).sum(1)  # noqa: E731
+
+        def weigh(a, b):
+            return ((a - b) ** 2).sum(1)
+
         z = torch.randn(2, 17, 9, dtype=DOUBLE).unbind()
         ours, theirs = (library.DCLLoss(0.1, weigh) for library in (fastssl, lightly))
         for a, b in zip(value_and_gradients(ours, z), value_and_gradients(theirs, z), strict=True):

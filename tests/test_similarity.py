@@ -46,7 +46,10 @@ def test_value_and_gradients_are_as_exact_as_promised(target: Target, scale: flo
 def test_pairs_with_equal_ids_are_left_out(target: Target, scale: float) -> None:
     q, k = rows(target, 45, 70, 12)
     ids = [torch.randint(-3, 9, (size,), device=target.device) for size in (45, 70)]
-    plain = lambda q, k, scale: reference.similarity_lse(q, k, scale, *ids)  # noqa: E731
+
+    def plain(q, k, scale):
+        return reference.similarity_lse(q, k, scale, *ids)
+
     s = torch.tensor(scale, device=target.device)
     check_accuracy(fused(target, *ids), plain, [q, k, s], torch.randn(45, device=target.device))
 
@@ -229,7 +232,10 @@ def test_one_side_of_the_pairs_alone_gets_its_gradient(target: Target) -> None:
         part = lambda q, k, s, side=side: similarity.pair_lse(  # noqa: E731
             q, k, s, columns=True, backend=target.backend
         )[side]
-        plain = lambda q, k, s, side=side: plain_pairs(q, k, s, columns=True).view(2, 21)[side]  # noqa: E731
+
+        def plain(q, k, s, side=side):
+            return plain_pairs(q, k, s, columns=True).view(2, 21)[side]
+
         check_accuracy(part, plain, [q, k, s], torch.randn(21, device=target.device))
 
 
