@@ -54,7 +54,7 @@ setup(
         "fastssl.trainer.methods",
     ],
     package_dir={"fastssl.kernels": "kernels"},
-    package_data={"fastssl": ["py.typed"], "fastssl.trainer": ["report.html"]},
+    package_data={"fastssl": ["py.typed"], "fastssl.trainer": ["report.html", "presets/*.yaml"]},
     install_requires=["torch>=2.9", "triton>=3.5; platform_system == 'Linux'", "numpy"],
     extras_require={"train": TRAIN, "test": TEST, "bench": BENCH, "dev": DEV},
     entry_points={"console_scripts": ["fastssl = fastssl.cli:main"]},

@@ -78,10 +78,15 @@ def _add_verify_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_config_options(parser: argparse.ArgumentParser) -> None:
-    from fastssl.trainer.config import Config
+    from fastssl.trainer.config import Config, presets
 
     parser.description = f"{parser.description} {PRETRAIN}"
-    parser.add_argument("--config", metavar="FILE", type=Path, help="YAML file of options")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        type=Path,
+        help=f"YAML file of options, or a preset: {', '.join(presets())}",
+    )
     parser.add_argument(
         "--resume",
         action="store_true",

@@ -239,21 +239,32 @@ def views_of_digits(seed=0):
 
 def test_views_follow_from_seed_epoch_and_index_alone():
     views = views_of_digits()
-    first = views[3, 5]
+    first, index, label = views[3, 5]
+    assert (index, label) == (5, views.images[5][1])
     torch.rand(1)
-    again = views[3, 5]
+    again = views[3, 5][0]
     assert all(map(torch.equal, first, again))
     assert not torch.equal(first[0], first[1])
-    assert not torch.equal(first[0], views[4, 5][0])
-    assert not torch.equal(first[0], views_of_digits(seed=1)[3, 5][0])
+    assert not torch.equal(first[0], views[4, 5][0][0])
+    assert not torch.equal(first[0], views_of_digits(seed=1)[3, 5][0][0])
 
 
 def test_views_of_several_sizes_are_batched_by_transform():
     transforms = [augment.default("digits", size, (0.2, 0.5)) for size in (16, 9, 12, 9)]
     views = augment.Views(data.load("digits").train, transforms, seed=0)
-    batch = next(iter(DataLoader(views, batch_sampler=augment.Batches(20, 4, 0, 0, 1))))
-    assert [view.shape for view in batch] == [(4, 1, size, size) for size in (16, 9, 12, 9)]
-    assert not torch.equal(batch[1], batch[3])
+    sampler = augment.Batches(20, 4, 0, 0, 1)
+    batch = augment.Batch(*next(iter(DataLoader(views, batch_sampler=sampler))))
+    assert [view.shape for view in batch.views] == [(4, 1, size, size) for size in (16, 9, 12, 9)]
+    assert not torch.equal(batch.views[1], batch.views[3])
+    assert batch.index.tolist() == [index for _, index in next(iter(sampler))]
+    assert batch.labels.tolist() == [views.images[i][1] for i in batch.index.tolist()]
+
+
+def test_where_an_item_is_several_images_transforms_take_turns():
+    pairs = [((torch.full((1, 4, 4), i), torch.full((1, 4, 4), i + 10)), 7) for i in range(3)]
+    views, index, label = augment.Views(pairs, [torch.nn.Identity()] * 3, seed=0)[0, 2]
+    assert [view.unique().item() for view in views] == [2, 12, 2]
+    assert (index, label) == (2, 7)
 
 
 def test_a_crop_shows_as_much_of_a_digit_as_was_asked():
@@ -299,7 +310,8 @@ def test_views_do_not_depend_on_the_number_of_workers():
     )
     assert len(alone) == 4
     for a, b in zip(alone, together, strict=True):
-        assert torch.equal(torch.stack(a), torch.stack(b))
+        assert torch.equal(torch.stack(a[0]), torch.stack(b[0]))
+        assert torch.equal(a[1], b[1])
 
 
 def test_each_epoch_is_another_order_of_the_images():

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 pytest.importorskip("torchvision")
 
 from fastssl import reference
-from fastssl.trainer import Config, networks
+from fastssl.trainer import Config, augment, networks
 from fastssl.trainer.methods import METHODS
 
 B, D, K = 4, 8, 5
@@ -22,16 +22,18 @@ def swav():
     def make(**options):
         small = {"batch_size": B, "projection_hidden": 16, "projection_dim": D, "prototypes": K}
         config = Config(**{"method": "swav", "queue_start": 0, **small, **options}).resolved()
-        model = METHODS["swav"](networks.build_backbone("cnn", 1, 16), config).train()
+        model = METHODS["swav"](networks.build_backbone("cnn", 1, 16), config, 100).train()
         model.given = []
         model.loss.register_forward_pre_hook(lambda _, given: model.given.append(given))
 
         def step(number, sizes=(16, 16, 10)):
             model.before_step(number, per_epoch=2)
             model.zero_grad()
-            value, embeddings = model([torch.randn(B, 1, size, size) for size in sizes])
+            views = [torch.randn(B, 1, size, size) for size in sizes]
+            value, embeddings = model(augment.Batch(views, torch.arange(B), torch.full((B,), -1)))
             value.backward()
             model.after_backward()
+            model.after_step(number, per_epoch=2)
             return embeddings
 
         model.step = step

@@ -20,8 +20,9 @@ import torchvision
 from PIL import Image
 
 from fastssl.trainer import Config, checkpoint, load_backbone, loop, networks, optim, pretrain
-from fastssl.trainer.config import METHOD_OPTIONS, read_options
+from fastssl.trainer.config import METHOD_OPTIONS, presets, read_options
 from fastssl.trainer.methods import METHODS
+from fastssl.trainer.methods.base import Method
 
 TIMES = ("seconds", "images_per_second")
 # Small networks, and all that a method does within a few epochs of four steps.
@@ -359,12 +360,39 @@ def test_schedule_rises_and_falls():
     assert optim.schedule(0, 1, 0) == 1.0
 
 
+@pytest.mark.parametrize("preset", presets())
+def test_a_preset_is_a_config_of_its_own_method(preset):
+    options = read_options(preset)
+    assert preset.startswith(options["method"])
+    config = Config.from_dict(options).resolved()
+    assert {name: getattr(config, name) for name in options} == options
+
+
+def test_vectors_and_chosen_networks_have_learning_rates_of_their_own(tiny, monkeypatch):
+    class Constant(METHODS["simclr"]):
+        constant_lr = ("head",)
+
+    monkeypatch.setitem(METHODS, "simclr", Constant)
+    trainer = loop.Trainer(Config(**tiny(optimizer="lars", lr=0.5, vector_lr_scale=0.1)))
+    trainer.run()
+    head = {id(p) for p in trainer.method.head.parameters()}
+    seen = set()
+    for group in trainer.optimizer.param_groups:
+        for p in group["params"]:
+            peak = 0.5 if p.ndim > 1 else 0.05
+            assert (group["lr"] == peak) == (id(p) in head)
+            assert group["lr"] <= peak
+            seen.add(id(p))
+    assert seen == {id(p) for p in trainer.method.parameters()}
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lars"])
 def test_only_matrices_decay(optimizer):
-    module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    module = Method()
+    module.layers = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
     built = optim.build(module, Config(optimizer=optimizer, lr=0.1, weight_decay=0.5).resolved())
     decayed = [p for group in built.param_groups if group["weight_decay"] for p in group["params"]]
-    assert [id(p) for p in decayed] == [id(module[0].weight)]
+    assert [id(p) for p in decayed] == [id(module.layers[0].weight)]
     assert sum(len(group["params"]) for group in built.param_groups) == 4
     # A zero gradient moves matrices alone.
     before = [p.clone() for p in module.parameters()]

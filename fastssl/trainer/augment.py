@@ -5,6 +5,7 @@ resumed changes them.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,6 +16,21 @@ from torchvision.transforms import v2
 from fastssl.trainer.data import Item
 
 Key = tuple[int, int]  # epoch, index
+
+
+@dataclass
+class Batch:
+    """What a step sees of B images.
+
+    Attributes:
+        views: One for each transform, [B, C, H, W]; sizes may differ.
+        index: [B], which image of the data set each is.
+        labels: [B], -1 where there is none.
+    """
+
+    views: list[Tensor]
+    index: Tensor
+    labels: Tensor
 
 
 def default(dataset: str, size: int, scale: tuple[float, float] | None = None) -> v2.Transform:
@@ -53,19 +69,27 @@ def default(dataset: str, size: int, scale: tuple[float, float] | None = None) -
     )
 
 
-class Views(Dataset[list[Tensor]]):
-    """A random view of an image for each transform, by (epoch, index)."""
+class Views(Dataset[tuple[list[Tensor], int, int]]):
+    """(A random view of an image for each transform, index, label) by (epoch, index).
+
+    Where the data set gives several images as one item, the transforms take turns with them: that
+    is where positives from elsewhere come in.
+    """
 
     def __init__(
         self, images: Dataset[Item], transforms: Sequence[v2.Transform], seed: int
     ) -> None:
         self.images, self.transforms, self.seed = images, transforms, seed
 
-    def __getitem__(self, key: Key) -> list[Tensor]:
-        image, _ = self.images[key[1]]
+    def __getitem__(self, key: Key) -> tuple[list[Tensor], int, int]:
+        image, label = self.images[key[1]]
+        images = [image] if isinstance(image, Tensor) else image
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(_mix(self.seed, *key))
-            return [transform(image) for transform in self.transforms]
+            torch.default_generator.manual_seed(mix(self.seed, *key))
+            views = [
+                transform(images[i % len(images)]) for i, transform in enumerate(self.transforms)
+            ]
+        return views, key[1], label
 
 
 class Batches(Sampler[list[Key]]):
@@ -86,12 +110,12 @@ class Batches(Sampler[list[Key]]):
         for step in range(self.start, self.stop):
             epoch, batch = divmod(step, per_epoch)
             if step == self.start or batch == 0:
-                generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
+                generator = torch.Generator().manual_seed(mix(self.seed, epoch))
                 order = torch.randperm(self.images, generator=generator).tolist()
             indices = order[batch * self.batch_size : (batch + 1) * self.batch_size]
             yield [(epoch, index) for index in indices]
 
 
-def _mix(*numbers: int) -> int:
+def mix(*numbers: int) -> int:
     """One seed from several numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])

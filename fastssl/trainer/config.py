@@ -13,8 +13,9 @@ import yaml
 
 from fastssl.ops.backend import BACKENDS
 from fastssl.trainer.methods import METHODS
-from fastssl.trainer.networks import BACKBONES
+from fastssl.trainer.networks import BACKBONES, HEAD_NORMS
 
+PRESETS = Path(__file__).parent / "presets"
 # What an option left at None becomes, by data set.
 RECIPES: dict[str, dict[str, Any]] = {
     "digits": {"backbone": "cnn", "epochs": 50, "batch_size": 256, "knn_every": 1},
@@ -92,9 +93,13 @@ class Config:
     projection_dim: int = _option(
         None, "width of the embeddings the loss sees (default by method)", least=1
     )
+    head_norm: str = _option("batch", "normalisation in the projection head", HEAD_NORMS)
     optimizer: str = _option("adamw", "optimiser", OPTIMIZERS)
     lr: float = _option(None, "peak learning rate (default by optimiser and batch)", least=0)
     weight_decay: float = _option(None, "weight decay (default by optimiser)", least=0)
+    vector_lr_scale: float = _option(
+        1.0, "learning rate of biases and norms, as a share of that of weights", least=0
+    )
     warmup_epochs: int = _option(
         None, "epochs of linear warm-up (default a tenth of them, at most 10)", least=0
     )
@@ -183,8 +188,15 @@ class Config:
         Path(path).write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False))
 
 
+def presets() -> list[str]:
+    """The names of the presets."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
 def read_options(path: str | Path) -> dict[str, Any]:
-    """The options a YAML file sets."""
+    """The options that a YAML file, or the preset of that name, sets."""
+    if str(path) in presets():
+        path = PRESETS / f"{path}.yaml"
     try:
         options = yaml.safe_load(Path(path).read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
@@ -102,18 +103,24 @@ class Trainer:
             raise ValueError(f"backend: {error}") from None
         self.out = _writable(config.out)
         self.data = data.load(config.dataset, config.data_dir, config.image_size)
-        if config.batch_size > len(self.data.pretrain):
+        method = METHODS[config.method]
+        self.images = self.data.train if method.labelled else self.data.pretrain
+        if self.images is None:
             raise ValueError(
-                f"batch_size must be at most {len(self.data.pretrain)}, the number of images, "
+                f"method {config.method!r} needs labels, and data set {config.dataset!r} has none"
+            )
+        if config.batch_size > len(self.images):
+            raise ValueError(
+                f"batch_size must be at most {len(self.images)}, the number of images, "
                 f"got {config.batch_size}"
             )
-        self.per_epoch = len(self.data.pretrain) // config.batch_size
+        self.per_epoch = len(self.images) // config.batch_size
         self.steps = config.epochs * self.per_epoch
 
         torch.manual_seed(config.seed)
         self.backbone = networks.build_backbone(config.backbone, self.data.channels, self.data.size)
         self.layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
-        self.method = METHODS[config.method](self.backbone, config)
+        self.method = method(self.backbone, config, len(self.images))
         self.method.to(self.device, memory_format=self.layout)
         self.optimizer = optim.build(self.method, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
@@ -139,7 +146,7 @@ class Trainer:
         self.writer = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.step)
         parameters = sum(parameter.numel() for parameter in self.method.parameters())
         print(
-            f"{config.method} on {config.dataset}: {len(self.data.pretrain)} images, "
+            f"{config.method} on {config.dataset}: {len(self.images)} images, "
             f"{config.backbone} and head of {parameters / 1e6:.2f} M parameters, "
             f"{config.epochs} epochs of {self.per_epoch} steps on {self.device}"
         )
@@ -156,8 +163,8 @@ class Trainer:
         with _stoppable() as stop, progress, self.writer:
             bar = progress.add_task("starting", total=self.steps, completed=self.step, told="")
             last = time.perf_counter()
-            for views in self._loader():
-                loss, embeddings = self._train_step(views)
+            for batch in self._loader():
+                loss, embeddings = self._train_step(augment.Batch(*batch))
                 now = time.perf_counter()
                 self.seconds, last = self.seconds + now - last, now
                 done = (self.step - 1) % self.per_epoch + 1
@@ -195,7 +202,7 @@ class Trainer:
         """All that the rest of the run depends on."""
         return {
             "config": dataclasses.asdict(self.config),
-            "images": len(self.data.pretrain),
+            "images": len(self.images),
             "threads": self.threads,
             "step": self.step,
             "method": self.method.state_dict(),
@@ -215,9 +222,9 @@ class Trainer:
                     f"{name} is {now!r}, but the run in {self.out} was started with {then!r}; "
                     f"leave it so, or name another folder with out"
                 )
-        if state["images"] != len(self.data.pretrain):
+        if state["images"] != len(self.images):
             raise ValueError(
-                f"data_dir: the data set has {len(self.data.pretrain)} images, but the run in "
+                f"data_dir: the data set has {len(self.images)} images, but the run in "
                 f"{self.out} was started with {state['images']}"
             )
         self.method.load_state_dict(state["method"])
@@ -227,40 +234,38 @@ class Trainer:
         self.step, self.history = state["step"], state["history"]
         self.loss_sum, self.seconds = state["loss_sum"], state["seconds"]
 
-    def _loader(self) -> DataLoader[list[torch.Tensor]]:
+    def _loader(self) -> DataLoader[tuple[list[torch.Tensor], int, int]]:
         config = self.config
         return DataLoader(
             augment.Views(
-                self.data.pretrain,
+                self.images,
                 self.method.views(config, self.data.size),
                 config.seed,
             ),
             batch_sampler=augment.Batches(
-                len(self.data.pretrain), config.batch_size, config.seed, self.step, self.steps
+                len(self.images), config.batch_size, config.seed, self.step, self.steps
             ),
             num_workers=self.workers,
             worker_init_fn=_leave_process_group,
             pin_memory=self.device.type == "cuda",
         )
 
-    def _train_step(self, views: list[torch.Tensor]) -> tuple[float, Any]:
+    def _train_step(self, batch: augment.Batch) -> tuple[float, Any]:
         """One step of the optimiser; what is not finite raises before it reaches the weights."""
         factor = optim.schedule(self.step, self.steps, self.config.warmup_epochs * self.per_epoch)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * factor
+            group["lr"] = group["peak_lr"] * (factor if group["scheduled"] else 1)
         # A forward pass writes running statistics: what they were is kept until the step is good.
-        buffers = [buffer.clone() for buffer in self.method.buffers()]
-        images = [
-            self.data.normalize(view.to(self.device, non_blocking=True)).contiguous(
-                memory_format=self.layout
-            )
-            for view in views
-        ]
+        norms = [m for m in self.method.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        buffers = [buffer for norm in norms for buffer in norm.buffers()]
+        before = [buffer.clone() for buffer in buffers]
+        batch = self._placed(batch)
+        torch.manual_seed(augment.mix(self.config.seed, self.step))  # whatever a method draws
         self.method.train()
         self.method.before_step(self.step, self.per_epoch)
         precision = getattr(torch, self.config.precision)
         with torch.autocast(self.device.type, precision, enabled=precision != torch.float32):
-            loss, embeddings = self.method(images)
+            loss, embeddings = self.method(batch)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.method.after_backward()
@@ -270,7 +275,7 @@ class Trainer:
             finite = finite + torch.nn.utils.get_total_norm(gradients)
         value, finite = torch.stack([loss.detach(), finite]).tolist()
         if not math.isfinite(finite):
-            for buffer, kept in zip(self.method.buffers(), buffers, strict=True):
+            for buffer, kept in zip(buffers, before, strict=True):
                 buffer.copy_(kept)
             checkpoint.save(self.out, self.state())
             what = "loss" if not math.isfinite(value) else "gradient"
@@ -282,11 +287,23 @@ class Trainer:
             )
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.method.after_step(self.step, self.per_epoch)
         self.step += 1
         self.loss_sum += value
         self.writer.add_scalar("train/loss", value, self.step)
         self.writer.add_scalar("train/lr", self.optimizer.param_groups[0]["lr"], self.step)
         return value, embeddings
+
+    def _placed(self, batch: augment.Batch) -> augment.Batch:
+        """A batch on the device, its views as the networks take them."""
+        views = []
+        for view in batch.views:
+            images = self.data.normalize(view.to(self.device, non_blocking=True))
+            views.append(
+                images.contiguous(memory_format=self.layout) if view.dim() == 4 else images
+            )
+        index, labels = (x.to(self.device, non_blocking=True) for x in (batch.index, batch.labels))
+        return augment.Batch(views, index, labels)
 
     def _end_epoch(self, epoch: int, rate: float, embeddings: Any) -> str:
         """Measure, log and save; returns the line that says so."""

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,15 @@ class CNN(nn.Sequential):
         super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
+HEAD_NORMS = ("batch", "layer", "group")
+
+
+def _norm(name: str, width: int) -> nn.Module:
+    if name == "batch":
+        return nn.BatchNorm1d(width)
+    return nn.LayerNorm(width) if name == "layer" else nn.GroupNorm(math.gcd(32, width), width)
+
+
 class ProjectionHead(nn.Sequential):
     """The perceptron between backbone and loss, thrown away after pretraining."""
 
@@ -43,13 +53,14 @@ class ProjectionHead(nn.Sequential):
         *,
         layers: int = 2,
         last_norm: bool = True,
+        norm: str = "batch",
     ) -> None:
         widths = [in_features, *[hidden] * (layers - 1), out_features]
         modules: list[nn.Module] = []
         for width, following in itertools.pairwise(widths):
             modules += [
                 nn.Linear(width, following, bias=False),
-                nn.BatchNorm1d(following),
+                _norm(norm, following),
                 nn.ReLU(inplace=True),
             ]
         super().__init__(*modules[: -1 if last_norm else -2])

@@ -4,26 +4,40 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
 
 from fastssl.trainer.config import Config
+from fastssl.trainer.methods.base import Method
 
 
-def build(module: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """The optimiser of a resolved config; matrices alone get weight decay and LARS's adaptation."""
-    matrices = [p for p in module.parameters() if p.requires_grad and p.ndim > 1]
-    vectors = [p for p in module.parameters() if p.requires_grad and p.ndim <= 1]
-    groups: list[dict[str, Any]] = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+def build(method: Method, config: Config) -> torch.optim.Optimizer:
+    """The optimiser of a resolved config; matrices alone get weight decay and LARS's adaptation.
+
+    A group's learning rate is ``peak_lr``, times what `schedule` says where it is ``scheduled``.
+    """
+    constant = {id(p) for name in method.constant_lr for p in getattr(method, name).parameters()}
+    groups: list[dict[str, Any]] = []
+    for scheduled in (True, False):
+        own = [
+            p for p in method.parameters() if p.requires_grad and (id(p) in constant) != scheduled
+        ]
+        for matrix in (True, False):
+            params = [p for p in own if (p.ndim > 1) == matrix]
+            if params:
+                groups.append(
+                    {
+                        "params": params,
+                        "weight_decay": config.weight_decay if matrix else 0.0,
+                        "always_adapt": matrix,  # of LARS: also with a weight decay of zero
+                        "peak_lr": config.lr * (1 if matrix else config.vector_lr_scale),
+                        "scheduled": scheduled,
+                    }
+                )
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr)
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=0.9)
     from timm.optim.lars import Lars
 
-    groups[0]["always_adapt"] = True  # also with a weight decay of zero
     return Lars(groups, lr=config.lr, momentum=0.9)
 
 

@@ -396,7 +396,7 @@ def _view_strips(images: Data, config: Config, count: int = 8, least: int = 5) -
     strips = []
     for index in torch.randperm(len(images.pretrain), generator=generator)[:count].tolist():
         original = _image(images.pretrain[index][0], alt="a training image", css="first")
-        views = dataset[0, index]
+        views = dataset[0, index][0]
         sizes = [f"{view.shape[-1]} px" for view in views]
         captions = sizes if len(set(sizes)) > 1 else [""] * len(views)
         pictures = [

@@ -23,6 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from fastssl import reference
 from fastssl.trainer import augment, data, networks
@@ -89,7 +90,8 @@ class _LossIn(nn.Module):
 
     def _converted(self, argument: Any) -> Any:
         if isinstance(argument, Tensor):
-            return (argument.flip(0) if self.reverse else argument).to(self.dtype)
+            argument = argument.flip(0) if self.reverse else argument
+            return argument.to(self.dtype) if argument.is_floating_point() else argument
         return None if argument is None else [self._converted(part) for part in argument]
 
 
@@ -137,12 +139,13 @@ def verify(
         projection_dim=64,
         **OPTIONS.get(method, {}),
     ).resolved()
-    steps_of_views = _views(digits, config, steps, device)
+    batches = _batches(digits, config, steps, device)
 
     def train(backend: str, dtype: torch.dtype) -> tuple[list[float], list[Tensor]]:
         torch.manual_seed(config.seed)
         own = dataclasses.replace(config, backend="auto" if "reference" in backend else backend)
-        model = METHODS[method](networks.build_backbone("cnn", digits.channels, digits.size), own)
+        backbone = networks.build_backbone("cnn", digits.channels, digits.size)
+        model = METHODS[method](backbone, own, len(digits.pretrain))
         loss = REFERENCES[method](config) if "reference" in backend else model.loss
         model.loss = _LossIn(loss, dtype, reverse=backend == "reversed reference")
         for parent in list(model.modules()):
@@ -152,13 +155,16 @@ def verify(
         model.to(device, torch.float64).train()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
         losses, weights = [], []
-        for step, views in enumerate(steps_of_views):
-            model.before_step(step, len(digits.pretrain) // batch_size)
-            value, _ = model(views)
+        per_epoch = len(digits.pretrain) // batch_size
+        for step, batch in enumerate(batches):
+            torch.manual_seed(augment.mix(config.seed, step))
+            model.before_step(step, per_epoch)
+            value, _ = model(batch)
             optimizer.zero_grad()
             value.backward()
             model.after_backward()
             optimizer.step()
+            model.after_step(step, per_epoch)
             losses.append(value.item())
             weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]).cpu())
         return losses, weights
@@ -189,20 +195,18 @@ def verify(
     return all(comparison.passed for comparison in comparisons)
 
 
-def _views(
+def _batches(
     digits: data.Data, config: Config, steps: int, device: torch.device
-) -> list[list[Tensor]]:
-    """The normalised views of every step, made once so that every loss sees the same."""
+) -> list[augment.Batch]:
+    """What every step sees, made once so that it is the same for every loss."""
     transforms = METHODS[config.method].views(config, digits.size)
     dataset = augment.Views(digits.pretrain, transforms, config.seed)
-    batches = augment.Batches(len(digits.pretrain), config.batch_size, config.seed, 0, steps)
-    return [
-        [
-            digits.normalize(torch.stack(view)).to(device, torch.float64)
-            for view in zip(*(dataset[key] for key in batch), strict=True)
-        ]
-        for batch in batches
-    ]
+    keys = augment.Batches(len(digits.pretrain), config.batch_size, config.seed, 0, steps)
+    batches = []
+    for views, index, labels in DataLoader(dataset, batch_sampler=keys):
+        normal = [digits.normalize(view).to(device, torch.float64) for view in views]
+        batches.append(augment.Batch(normal, index.to(device), labels.to(device)))
+    return batches
 
 
 def _bound(yardstick: list[float], dtype: torch.dtype) -> list[float]:

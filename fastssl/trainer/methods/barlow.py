@@ -19,7 +19,7 @@ class BarlowTwins(TwoViews):
         "lambda_param": 5e-3,
     }
 
-    def __init__(self, backbone: Any, config: "Config") -> None:
+    def __init__(self, backbone: Any, config: "Config", images: int) -> None:
         super().__init__(backbone)
         self.head = ProjectionHead(
             backbone.out_features,
@@ -27,5 +27,6 @@ class BarlowTwins(TwoViews):
             config.projection_dim,
             layers=3,
             last_norm=False,
+            norm=config.head_norm,
         )
         self.loss = BarlowTwinsLoss(config.lambda_param, backend=config.backend)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from torchvision.transforms import v2
 
+    from fastssl.trainer.augment import Batch
     from fastssl.trainer.config import Config
 
 
@@ -16,6 +17,8 @@ class Method(nn.Module):
 
     defaults: ClassVar[dict[str, Any]]
     recipes: ClassVar[dict[str, dict[str, Any]]] = {}
+    labelled: ClassVar[bool] = False
+    constant_lr: ClassVar[tuple[str, ...]] = ()
 
     @staticmethod
     def views(config: "Config", size: int) -> "list[v2.Transform]":
@@ -29,6 +32,9 @@ class Method(nn.Module):
 
     def after_backward(self) -> None:
         """Called between the backward pass and the optimiser."""
+
+    def after_step(self, step: int, per_epoch: int) -> None:
+        """Called after the optimiser, if loss and gradient were finite."""
 
     def end_epoch(self) -> dict[str, float]:
         """What the method measured in the epoch that has ended, by name."""
@@ -45,7 +51,7 @@ class TwoViews(Method):
         super().__init__()
         self.backbone = backbone
 
-    def forward(self, views: list[Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def forward(self, batch: "Batch") -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """The loss of the two views, and their embeddings."""
-        z0, z1 = self.head(self.backbone(torch.cat(views))).chunk(2)
+        z0, z1 = self.head(self.backbone(torch.cat(batch.views))).chunk(2)
         return self.loss(z0, z1), (z0, z1)

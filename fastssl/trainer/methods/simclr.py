@@ -15,9 +15,12 @@ class SimCLR(TwoViews):
 
     defaults: ClassVar = {"projection_hidden": 256, "projection_dim": 128, "temperature": 0.5}
 
-    def __init__(self, backbone: Any, config: "Config") -> None:
+    def __init__(self, backbone: Any, config: "Config", images: int) -> None:
         super().__init__(backbone)
         self.head = ProjectionHead(
-            backbone.out_features, config.projection_hidden, config.projection_dim
+            backbone.out_features,
+            config.projection_hidden,
+            config.projection_dim,
+            norm=config.head_norm,
         )
         self.loss = NTXentLoss(config.temperature, backend=config.backend)

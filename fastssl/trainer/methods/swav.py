@@ -14,6 +14,7 @@ from fastssl.trainer.networks import ProjectionHead
 if TYPE_CHECKING:
     from torchvision.transforms import v2
 
+    from fastssl.trainer.augment import Batch
     from fastssl.trainer.config import Config
 
 
@@ -72,12 +73,16 @@ class SwAV(Method):
         "stl10": {"local_size": 40},
     }
 
-    def __init__(self, backbone: Any, config: "Config") -> None:
+    def __init__(self, backbone: Any, config: "Config", images: int) -> None:
         super().__init__()
         self.config = config
         self.backbone = backbone
         self.head = ProjectionHead(
-            backbone.out_features, config.projection_hidden, config.projection_dim, last_norm=False
+            backbone.out_features,
+            config.projection_hidden,
+            config.projection_dim,
+            last_norm=False,
+            norm=config.head_norm,
         )
         self.prototypes = nn.Linear(config.projection_dim, config.prototypes, bias=False)
         self.loss = SwaVLoss(
@@ -108,9 +113,9 @@ class SwAV(Method):
         late = step >= self.config.queue_start * per_epoch
         self.queued = min(step * self.config.batch_size, self.config.queue_length) if late else 0
 
-    def forward(self, views: list[Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def forward(self, batch: "Batch") -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """The loss of all crops, and the embeddings of the global ones."""
-        B = len(views[0])
+        views, B = batch.views, len(batch.index)
         groups = [crops for crops in (views[:2], views[2:]) if crops]  # each of one size
         features = torch.cat([self.backbone(torch.cat(crops)) for crops in groups])
         z = F.normalize(self.head(features).to(self.queue.dtype))
@@ -120,20 +125,23 @@ class SwAV(Method):
             if self.queued:
                 queue = self.prototypes(self.queue[:, : self.queued]).unbind()
             rows = scores[0] if queue is None else torch.cat([scores[0], queue[0]])
-            codes = sinkhorn_knopp(rows.float(), self.config.epsilon, backend=self.config.backend)[
-                :B
-            ]
-            self.used[codes.argmax(1)] = True
-            self.code_sum += codes.sum(0)
-            self.entropy_sum += torch.special.entr(codes).sum()
-            latest = z[: 2 * B].detach().view(2, B, -1)
-            self.queue.copy_(torch.cat([latest, self.queue], 1)[:, : self.config.queue_length])
+            codes = sinkhorn_knopp(rows.float(), self.config.epsilon, backend=self.config.backend)
+            self.seen = codes[:B], z[: 2 * B].detach().view(2, B, -1)
         return self.loss(scores[:2], scores[2:], queue).squeeze(), (z[:B], z[B : 2 * B])
 
     def after_backward(self) -> None:
         """Frozen prototypes get no gradient, and so no weight decay either."""
         if self.frozen:
             self.prototypes.weight.grad = None
+
+    @torch.no_grad()
+    def after_step(self, step: int, per_epoch: int) -> None:
+        """The codes are counted and the embeddings join the queue."""
+        codes, latest = self.seen
+        self.used[codes.argmax(1)] = True
+        self.code_sum += codes.sum(0)
+        self.entropy_sum += torch.special.entr(codes).sum()
+        self.queue.copy_(torch.cat([latest, self.queue], 1)[:, : self.config.queue_length])
 
     def end_epoch(self) -> dict[str, float]:
         """How many prototypes are some image's first choice, and how sharp the codes are."""

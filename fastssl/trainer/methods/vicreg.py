@@ -21,7 +21,7 @@ class VICReg(TwoViews):
         "nu_param": 1.0,
     }
 
-    def __init__(self, backbone: Any, config: "Config") -> None:
+    def __init__(self, backbone: Any, config: "Config", images: int) -> None:
         super().__init__(backbone)
         self.head = ProjectionHead(
             backbone.out_features,
@@ -29,6 +29,7 @@ class VICReg(TwoViews):
             config.projection_dim,
             layers=3,
             last_norm=False,
+            norm=config.head_norm,
         )
         self.loss = VICRegLoss(
             config.lambda_param, config.mu_param, config.nu_param, backend=config.backend
