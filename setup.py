@@ -1,7 +1,7 @@
 """Metadata of the fastssl-losses distribution.
 
-The kernels live in the top-level folder ``kernels/`` and are installed as ``fastssl.kernels``, so
-the packages are named one by one here.
+The kernels live in the top-level folder ``kernels/`` and are installed as ``fastssl.kernels``, the
+benchmarks as ``fastssl.benchmarks`` likewise, so the packages are named one by one here.
 """
 
 import re
@@ -23,7 +23,7 @@ TRAIN = [
     "timm",
 ]
 PEERS = ["lightly", "open_clip_torch", "pytorch-metric-learning"]
-BENCH = [*PEERS, "matplotlib", "pytest-benchmark"]
+BENCH = [*PEERS, "matplotlib", "pytest", "pytest-benchmark", "torchvision"]
 TEST = [
     *TRAIN,
     *PEERS,
@@ -46,6 +46,7 @@ setup(
     python_requires=">=3.10",
     packages=[
         "fastssl",
+        "fastssl.benchmarks",
         "fastssl.kernels",
         "fastssl.losses",
         "fastssl.ops",
@@ -53,7 +54,7 @@ setup(
         "fastssl.trainer",
         "fastssl.trainer.methods",
     ],
-    package_dir={"fastssl.kernels": "kernels"},
+    package_dir={"fastssl.benchmarks": "benchmarks", "fastssl.kernels": "kernels"},
     package_data={"fastssl": ["py.typed"], "fastssl.trainer": ["report.html", "presets/*.yaml"]},
     install_requires=["torch>=2.9", "triton>=3.5; platform_system == 'Linux'", "numpy"],
     extras_require={"train": TRAIN, "test": TEST, "bench": BENCH, "dev": DEV},

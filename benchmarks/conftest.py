@@ -1,32 +1,82 @@
-"""Checks and times losses, prints what was measured as a table and writes it down on request."""
+"""Checks and times losses, prints each row as it is measured and writes it down on request."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-import measure
 import pytest
 import torch
-from accuracy import check_accuracy, check_same_function
-from torch import Tensor
+
+from fastssl.benchmarks import cases, measure, report
+from fastssl.benchmarks.accuracy import check_accuracy, check_same_function
+from fastssl.benchmarks.cases import Case, Size
 
 RESULTS = Path(__file__).parent / "results"
-DOCUMENT = pytest.StashKey[dict]()
-PEERS = ("plain", "compiled", "lightly", "open_clip", "pml")
 DTYPES = {str(dtype)[6:]: dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--losses", metavar="NAME[,...]", help="default: all")
+    parser.addoption("--providers", metavar="NAME[,...]", help="whose losses; default: all")
+    parser.addoption("--sizes", choices=cases.LEVELS, help="default: full on a GPU, else small")
     parser.addoption("--record", metavar="NAME", help="also write benchmarks/results/NAME.json")
     parser.addoption("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.addoption("--dtype", choices=DTYPES, default="float32", help="of rows of features")
 
 
+def device_of(config: pytest.Config) -> str:
+    return config.getoption("--device") or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def level_of(config: pytest.Config) -> str:
+    return config.getoption("--sizes") or ("small" if device_of(config) == "cpu" else "full")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Whole steps first, then forward passes alone; of each size ours before the others."""
+    config = metafunc.config
+    losses = config.getoption("--losses")
+    try:
+        chosen, wanted = cases.choose(losses, config.getoption("--providers"))
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
+    if "network" in metafunc.fixturenames:
+        names = (
+            (*cases.OURS, "lightly")
+            if cases.WHOLE_STEP in (losses or cases.WHOLE_STEP).split(",")
+            else ()
+        )
+        metafunc.parametrize("provider", [name for name in names if name in wanted])
+        return
+    found = []
+    for direction in cases.PASSES:
+        for case in chosen:
+            for size in case.sizes[level_of(config)] if direction in case.passes() else ():
+                for provider in case.providers():
+                    if provider in wanted or case.variants:
+                        what = (report.slug(case.title), "x".join(map(str, size)), provider)
+                        id = "-".join((*what, report.slug(direction)))
+                        found.append(pytest.param(case, size, direction, provider, id=id))
+    metafunc.parametrize(("case", "size", "direction", "provider"), found)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Our rows stand for pytest-benchmark's table too."""
+    config.option.benchmark_quiet = True
+
+
+def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
+    """Rows stand for the dots."""
+    if report.failed:
+        return None
+    return (report.outcome if report.skipped or report.when == "call" else "", "", "")
+
+
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> str:
     """Where losses run."""
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    return request.config.getoption("--device") or default
+    return device_of(request.config)
 
 
 @pytest.fixture(scope="session")
@@ -36,160 +86,162 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 
 @pytest.fixture(scope="session")
-def rates(device: str, dtype: torch.dtype) -> dict[str, float]:
-    """What the machine can do at best: operations, bytes and exponentials per second."""
-    return {
-        "matmul_rate": measure.matmul_rate(device, dtype),
-        "copy_rate": measure.copy_rate(device),
-        "exp_rate": measure.exp_rate(device),
-    }
+def level(request: pytest.FixtureRequest) -> str:
+    """Which of ``cases.LEVELS`` was chosen."""
+    return level_of(request.config)
 
 
 @pytest.fixture(scope="session")
-def rows(request: pytest.FixtureRequest, device: str, dtype: torch.dtype, rates: dict[str, float]):
-    """Collect one dictionary per measurement; print and record them as they come."""
+def write(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Print a line at once."""
+    plugins: Any = request.config.pluginmanager
+    reporter = plugins.get_plugin("terminalreporter")
+    capture = plugins.get_plugin("capturemanager")
+
+    def line(text: str) -> None:
+        with capture.global_and_fixture_disabled():
+            reporter.ensure_newline()
+            reporter.write_line(text)
+
+    return line
+
+
+@pytest.fixture(scope="session")
+def document(
+    device: str, dtype: torch.dtype, level: str, write: Callable[[str], None]
+) -> dict[str, Any]:
+    """What ``--record`` writes: the machine, its ceilings, and one dictionary per measurement."""
     machine = measure.describe_machine(device) | {"dtype": str(dtype)[6:]}
-    document = {"machine": machine, **rates, "rows": []}
-    request.config.stash[DOCUMENT] = document
-    return document["rows"]
+    ceilings = measure.ceilings(device, dtype, quick=level == "tiny")
+    where = machine.get("device", f"{machine['processor']}, {machine['threads']} threads")
+    write(f"{where}, {machine['dtype']}, torch {machine['torch']}")
+    rates = {name: f"{rate / 1e9:,.1f}" for name, rate in ceilings.items()}
+    write(f"copies {rates.pop('copy')} GB/s, exponentials {rates.pop('exp')} G/s,")
+    write(f"products {', '.join(f'{rate} GFLOP/s in {name}' for name, rate in rates.items())}")
+    write(report.HEADER)
+    return {"machine": machine, "ceilings": ceilings, "rows": []}
+
+
+@pytest.fixture(scope="session")
+def add_row(
+    request: pytest.FixtureRequest, document: dict[str, Any], write: Callable[[str], None]
+) -> Callable[[dict[str, Any]], None]:
+    """Print and record a measurement, at once: a stop loses nothing."""
+    record = request.config.getoption("--record")
+
+    def add(row: dict[str, Any]) -> None:
+        document["rows"].append(row)
+        write(report.line(row, document["rows"]))
+        if record:
+            path = RESULTS / (record if record.endswith(".json") else f"{record}.json")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(document, indent=1) + "\n")
+
+    return add
+
+
+@pytest.fixture(scope="session")
+def verdicts() -> dict[tuple[object, ...], str]:
+    """What is wrong with a provider's function at a size, or nothing."""
+    return {}
 
 
 @pytest.fixture
 def compare(
-    request: pytest.FixtureRequest,
-    benchmark,
-    rows: list[dict],
+    benchmark: Any,
     device: str,
     dtype: torch.dtype,
-    rates: dict[str, float],
-) -> Callable[..., None]:
-    """Check one provider's loss, then measure its forward and backward pass, or forward alone."""
+    document: dict[str, Any],
+    add_row: Callable[[dict[str, Any]], None],
+    verdicts: dict[tuple[object, ...], str],
+) -> Iterator[Callable[[Case, Size, str, str], None]]:
+    """Check one provider's loss at a size, then measure one of its passes."""
 
-    def placed(inputs: Sequence[Tensor]) -> list[Tensor]:
-        """Put tensors on the device, and those of features in their type."""
-        return [x.to(device, dtype if x.dim() > 1 else x.dtype).clone() for x in inputs]
+    def verdict(case: Case, size: Size, provider: str, loss: cases.Loss) -> str:
+        """Ours is held to the rule on rounding, others to being the same function."""
+        size = case.checked(size)
+        key = case.title, size, provider
+        if key not in verdicts:
+            leaves, fixed = case.place(size, device, dtype)
+            try:
+                if provider in ("fastssl", *case.variants) and case.backward:
+                    check_accuracy(loss, case.plain, leaves, fixed=fixed)
+                else:
+                    check_same_function(loss, case.plain, leaves, fixed, backward=case.backward)
+                verdicts[key] = ""
+            except AssertionError as error:
+                verdicts[key] = str(error) or "an assertion failed"
+        return verdicts[key]
 
-    def run(
-        name: str,
-        provider: str,
-        loss: Callable[..., Tensor],
-        plain: Callable[..., Tensor],
-        few: Sequence[Tensor],
-        inputs: Sequence[Tensor],
-        *,
-        operations: float = 0,
-        moved: float = 0,
-        backward: bool = True,
-        rounds: int,
-        warmup: int = 1,
-        few_loss: Callable[..., Tensor] | None = None,
-    ) -> None:
-        """Add a row: what a step takes, beyond inputs and gradients, and its share of the best.
-
-        Ours is held to the rule on rounding and others to being the same function, on few rows.
-        One that is not, or that runs out of memory, is a row without a time.
-
-        Args:
-            name: The loss.
-            provider: Whose it is.
-            loss: Called with the inputs.
-            plain: What it must agree with.
-            few: The inputs to check it with.
-            inputs: [N, D] first of all.
-            operations: What the products take that the loss cannot do without.
-            moved: The bytes that it cannot do without reading or writing.
-            backward: Whether the step has a backward pass.
-            rounds: Steps to time; the median counts.
-            warmup: Steps before them.
-            few_loss: The loss to check, where it is not the one to measure.
-        """
-        leaves = [x.requires_grad_(backward) for x in placed(inputs)]
-        n, d = leaves[0].flatten(0, -2).shape
-        row = {"loss": name, "rows": n, "features": d, "provider": provider}
-
-        def step() -> None:
-            for x in leaves:
-                x.grad = None
-            result = loss(*leaves)
-            if backward:
-                result.backward()
-
-        timed: list[float] = []
+    def run(case: Case, size: Size, direction: str, provider: str) -> None:
+        backward = direction == cases.PASSES[0]
+        ours = provider in ("fastssl", *case.variants)
+        row = {"loss": case.title, **dict(zip(case.axes, size, strict=True))}
+        row |= {"pass": direction, "provider": provider}
+        five_matrices = 5 * 4 * case.matrix(*size)  # in float32: what most plain losses take
+        needed = case.hungry[provider](*size) if provider in case.hungry else five_matrices
         try:
-            if provider in PEERS or not backward:
-                check_same_function(few_loss or loss, plain, placed(few), backward=backward)
-            else:
-                check_accuracy(few_loss or loss, plain, placed(few))
+            if provider in cases.CUDA_ONLY and device == "cpu":
+                pytest.skip("runs on CUDA only")
+            try:
+                loss = case.make(provider)
+            except ImportError as error:
+                pytest.skip(f"not installed: {error}")
+            if device == "cpu" and not ours and needed > measure.memory() / 3:
+                raise MemoryError(f"not run: it would take about {needed / 2**30:,.0f} GiB")
+            wrong = verdict(case, size, provider, loss)
+            assert not wrong, wrong
+            leaves, fixed = case.place(size, device, dtype)
+            for x in leaves:
+                x.requires_grad_(backward)
+
+            def step() -> None:
+                for x in leaves:
+                    x.grad = None
+                with torch.set_grad_enabled(backward):
+                    result = loss(*leaves, *fixed)
+                if backward:
+                    result.backward(torch.ones_like(result))
+
             step()
+            launches = measure.launches(step, device)
             for x in leaves:
                 x.grad = None
-            saved = measure.saved_bytes(loss, leaves) if backward else 0
+            saved = measure.saved_bytes(lambda *x: loss(*x, *fixed), leaves) if backward else 0
             grown = measure.extra_bytes(step, device)
             grown -= sum(x.nbytes for x in leaves if backward)
-            benchmark.group = f"{name}, {n} x {d}"
+            rounds = measure.rounds_for(measure.seconds_of(step, device), device)
+            timed: list[float] = []
+            benchmark.group = report.case_of(row)
             benchmark.pedantic(
-                lambda: timed.append(measure.seconds_of(step, device)),
-                rounds=rounds,
-                warmup_rounds=warmup,
+                lambda: timed.append(measure.seconds_of(step, device)), rounds=rounds
             )
-        except (AssertionError, torch.OutOfMemoryError) as error:
-            if provider not in PEERS:
+        except Exception as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                failed = "out of memory"
+            else:
+                failed = str(error).strip().partition("\n")[0] or type(error).__name__
+            add_row(row | {"failed": failed})
+            if ours:
                 raise
-            failed = "out of memory" if isinstance(error, torch.OutOfMemoryError) else str(error)
-            rows.append(row | {"failed": failed})
             pytest.skip(f"not timed: {failed}")
-        times = torch.tensor(timed[warmup:] or timed)  # all, where pytest-benchmark is disabled
-        low, seconds, high = times.quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
-        share = max(operations / rates["matmul_rate"], moved / rates["copy_rate"]) / seconds
-        rows.append(
+        floor = max(
+            case.operations(*size)[backward] / document["ceilings"][str(dtype)[6:]],
+            case.traffic[backward] * sum(x.nbytes for x in leaves) / document["ceilings"]["copy"],
+        )
+        seconds, percentiles = measure.quantiles(timed)
+        add_row(
             row
             | {
                 "seconds": seconds,
-                "percentiles": [low, high],
+                "percentiles": percentiles,
                 "extra_bytes": max(grown, 0),
                 "saved_bytes": saved,
-                "share_of_rate": share,
+                "launches": launches,
+                "share_of_rate": floor / seconds,
             }
         )
-        if name := request.config.getoption("--record"):  # at once: a stop loses nothing
-            RESULTS.mkdir(exist_ok=True)
-            document = json.dumps(request.config.stash[DOCUMENT], indent=1)
-            (RESULTS / f"{name}.json").write_text(document + "\n")
 
-    return run
-
-
-def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
-    document = config.stash.get(DOCUMENT, None)
-    if document is None:
-        return
-    write = terminalreporter.write_line
-    machine = document["machine"]
-    write("")
-    where = machine.get("device", f"{machine['processor']}, {machine['threads']} threads")
-    write(f"{where}, {machine['dtype']}, torch {machine['torch']}")
-    write(
-        f"matrix products: {document['matmul_rate'] / 1e9:,.0f} GFLOP/s, "
-        f"copies: {document['copy_rate'] / 1e9:,.0f} GB/s read and written, "
-        f"exponentials: {document['exp_rate'] / 1e9:,.1f} G/s"
-    )
-    columns = f"{'time':>14}{'of the first':>13}{'extra memory':>14}{'saved':>11}{'of rate':>9}"
-    write(f"{'':42}{columns}")
-
-    def case(row: dict) -> str:
-        return f"{row['loss']} {row['rows']} x {row['features']}"
-
-    first: dict[str, dict] = {}  # of each case; that is ours where others are compared
-    for row in document["rows"]:
-        first.setdefault(case(row), row)
-    for row in sorted(document["rows"], key=lambda row: list(first).index(case(row))):
-        title = f"{case(row):34}{row['provider']:10}"
-        if "failed" in row:
-            write(f"{title}  FAIL: {row['failed']}")
-            continue
-        ratio = row["seconds"] / first[case(row)]["seconds"]
-        write(
-            f"{title}{row['seconds'] * 1e3:9.2f} ms{ratio:11.1f}x"
-            f"{row['extra_bytes'] / 2**20:11.1f} MB{row['saved_bytes'] / 2**20:8.1f} MB"
-            f"{row['share_of_rate']:9.0%}"
-        )
+    yield run
+    if device == "cuda":
+        torch.cuda.empty_cache()

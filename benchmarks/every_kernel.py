@@ -1,6 +1,7 @@
 """Run every kernel once, forward and backward, on small ragged shapes: for compute-sanitizer."""
 
 import os
+from typing import Any
 
 import torch
 
@@ -23,7 +24,8 @@ for dtype in dtypes:
         ids = torch.arange(n, device=device) // 2
         a, b, keys = rows(n, d, dtype), rows(n, d, dtype), rows(2 * n + 3, d, dtype)
         for temperature in (0.1, 0.01):
-            for options in ({}, {"ids": ids}):
+            given: tuple[dict[str, Any], ...] = ({}, {"ids": ids})
+            for options in given:
                 functional.nt_xent(a, b, temperature, **options, backend=backend).backward()
                 functional.info_nce(
                     a, b, temperature=temperature, **options, backend=backend

@@ -11,10 +11,18 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType  # type: ignore[attr-defined] # it is there
+from torch.profiler import ProfilerActivity, profile
 
 import fastssl
 
+HERE = Path(__file__).resolve().parent
 FLUSHED = 2**28  # bytes written before a step on a GPU: more than its cache holds
+BUDGET = {"cpu": 2.0, "cuda": 0.3}  # seconds to spend on the steps of one row
+LIBRARIES = (
+    *("lightly", "open_clip_torch", "pytorch-metric-learning"),
+    *("inf-cl", "siglip-kernel", "cut-cross-entropy"),
+)
 
 
 def seconds_of(step: Callable[[], object], device: str) -> float:
@@ -32,17 +40,51 @@ def seconds_of(step: Callable[[], object], device: str) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
-def matmul_rate(device: str, dtype: torch.dtype) -> float:
+def rounds_for(seconds: float, device: str) -> int:
+    """How many steps of this length to time."""
+    return max(3, min(100, int(BUDGET[device] / seconds)))
+
+
+def quantiles(seconds: Sequence[float]) -> tuple[float, list[float]]:
+    """The median of what steps took, and the 20th and 80th percentiles."""
+    low, middle, high = torch.tensor(seconds).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+    return middle, [low, high]
+
+
+def ceilings(device: str, dtype: torch.dtype, *, quick: bool = False) -> dict[str, float]:
+    """What the machine can do at best.
+
+    Args:
+        device: ``"cpu"`` or ``"cuda"``.
+        dtype: Of the rows that are measured beside it.
+        quick: Whether arrays are small, for a rehearsal that means nothing.
+
+    Returns:
+        Bytes read and written per second by a copy ("copy"), exponentials per second ("exp"), and
+        operations per second of a matrix product in each type, float32 at "highest".
+    """
+    found = {"copy": copy_rate(device, quick), "exp": exp_rate(device)}
+    for kind in dict.fromkeys((torch.float32, torch.bfloat16, dtype)):
+        found[str(kind)[6:]] = matmul_rate(device, kind, quick)
+    if device != "cpu":
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        found["tf32"] = matmul_rate(device, torch.float32, quick)
+        torch.set_float32_matmul_precision(before)
+    return found
+
+
+def matmul_rate(device: str, dtype: torch.dtype, quick: bool) -> float:
     """Operations per second of the best of many matrix products."""
-    size = 2048 if device == "cpu" else 8192
+    size = 256 if quick else 8192 if device != "cpu" else 2048 if dtype == torch.float32 else 512
     a, b, out = torch.randn(3, size, size, device=device).to(dtype).unbind()
     best = min(seconds_of(lambda: torch.mm(a, b, out=out), device) for _ in range(20))
     return 2 * size**3 / best
 
 
-def copy_rate(device: str) -> float:
+def copy_rate(device: str, quick: bool) -> float:
     """Bytes per second, read and written, of the best of many copies of a large array."""
-    a, out = torch.randn(2, 2**26, device=device).unbind()
+    a, out = torch.randn(2, 2**20 if quick else 2**26, device=device).unbind()
     return 2 * a.nbytes / min(seconds_of(lambda: out.copy_(a), device) for _ in range(10))
 
 
@@ -56,6 +98,19 @@ def exp_rate(device: str) -> float:
             torch.exp(x, out=out)
 
     return 20 * len(x) / min(seconds_of(step, device) for _ in range(10))
+
+
+def launches(step: Callable[[], object], device: str) -> int | None:
+    """How many kernels, copies and fills a GPU runs in one step; None on a CPU."""
+    if device == "cpu":
+        return None
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        step()
+        torch.cuda.synchronize()
+    return sum(
+        event.device_type == DeviceType.CUDA and not event.is_user_annotation
+        for event in profiler.events()
+    )
 
 
 def extra_bytes(step: Callable[[], object], device: str = "cpu") -> int:
@@ -88,6 +143,11 @@ def saved_bytes(loss: Callable[..., Tensor], leaves: Sequence[Tensor]) -> int:
     return sum(saved.values())
 
 
+def memory() -> int:
+    """Bytes that this machine has beside a GPU."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def _resident(field: str) -> int:
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if field in x)
     return int(line.split()[1]) * 1024
@@ -101,13 +161,19 @@ def describe_machine(device: str) -> dict[str, str | int]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "fastssl": fastssl.__version__,
-        "commit": _output("git", "describe", "--always", "--dirty"),
     }
+    if (HERE.parent / "setup.py").exists():  # in a checkout
+        found["commit"] = _output("git", "-C", str(HERE), "describe", "--always", "--dirty")
     if device != "cpu":
         found["device"] = torch.cuda.get_device_name()
         found["triton"] = importlib.metadata.version("triton")
         query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         found["driver"] = _output(*query)
+    for library in LIBRARIES:
+        try:
+            found[library] = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            continue
     return found
 
 

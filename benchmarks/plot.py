@@ -1,19 +1,24 @@
-"""Draw recorded results as a plot and print them as a table: python benchmarks/plot.py NAME."""
+"""Figures of recorded results.
+
+``python benchmarks/plot.py`` fills the README's tables and draws its figures from what is in
+``results/``. ``fastssl bench --plot FILES`` draws each loss of any files.
+"""
 
 import json
-import sys
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("svg")
 
-from collections import defaultdict
-from pathlib import Path
-
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter
 
-RESULTS = Path(__file__).parent / "results"
+from fastssl.benchmarks import report
+
 # Okabe and Ito's palette: told apart with any colour vision.
 STYLE = {
     "fastssl": ("#0072B2", "o"),
@@ -22,79 +27,81 @@ STYLE = {
     "lightly": ("#D55E00", "D"),
     "open_clip": ("#CC79A7", "v"),
     "pml": ("#E69F00", "P"),
+    "siglip-kernel": ("#D55E00", "D"),
+    "inf-cl": ("#56B4E9", "X"),
+    "cut-cross-entropy": ("#000000", "*"),
+}
+PANELS = {  # what is drawn of a row, and what it is called
+    "seconds": "seconds",
+    "extra_bytes": "extra memory (MiB)",
+    "share_of_rate": "share of the floor",
 }
 
 
-# What is drawn: the losses of a figure, the axis they are drawn against, and what stays fixed.
-FIGURES = {
-    "nt_xent": (["NT-Xent"], "rows", "pairs N", "D = 128", {"features": 128}),
-    "redundancy": (["Barlow Twins", "VICReg"], "features", "features D", "N = 512", {"rows": 512}),
-}
+def draw(document: dict[str, Any], loss: str, target: Path) -> bool:
+    """Draw a loss's time, memory and share of the floor against its size; False of one size alone.
 
-
-def plot(document: dict, name: str, figure_name: str) -> Path:
-    losses, axis_key, axis_label, held, fixed = FIGURES[figure_name]
-    plt.rcParams |= {"font.size": 10, "svg.fonttype": "none", "svg.hashsalt": name}
-    figure, axes = plt.subplots(
-        len(losses), 2, figsize=(9, 3.3 * len(losses)), layout="constrained", squeeze=False
-    )
-    for loss, (time, memory) in zip(losses, axes, strict=True):
-        series: dict[str, list[tuple[int, float, float]]] = defaultdict(list)
-        for row in document["rows"]:
-            if row["loss"] == loss and "seconds" in row and fixed.items() <= row.items():
-                point = row[axis_key], row["seconds"], row["extra_bytes"] / 2**20
-                series[row["provider"]].append(point)
+    The legend says with which power of the size time and memory grow.
+    """
+    axis, series = report.growing(document["rows"], loss)
+    ticks = sorted({size for points in series.values() for size in points})
+    if len(ticks) < 2:
+        return False
+    plt.rcParams |= {"font.size": 10, "svg.fonttype": "none", "svg.hashsalt": target.stem}
+    figure, panels = plt.subplots(1, len(PANELS), figsize=(12, 3.6), layout="constrained")
+    for panel, (key, label) in zip(panels, PANELS.items(), strict=True):
         for provider, points in series.items():
-            colour, marker = STYLE[provider]
-            sizes, seconds, megabytes = zip(*sorted(points), strict=True)
-            for axis, values in ((time, seconds), (memory, megabytes)):
-                axis.loglog(
-                    sizes, values, marker=marker, markersize=5, color=colour, label=provider
-                )
-        for axis, label in ((time, "seconds"), (memory, "extra memory (MiB)")):
-            axis.set_xlabel(axis_label)
-            axis.set_ylabel(label)
-            axis.set_title(loss, size=10)
-            axis.set_xticks(sorted({x for points in series.values() for x, *_ in points}))
-            axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-            axis.xaxis.set_minor_formatter("")
-            axis.grid(alpha=0.25)
-            axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].legend(frameon=False)
-    threads = document["machine"]["threads"]
-    figure.suptitle(f"forward + backward, float32, {held}, {threads} CPU threads", size=11)
-    target = RESULTS / f"{name}-{figure_name}.svg"
+            sizes = sorted(points)
+            unit = 2**20 if key == "extra_bytes" else 1
+            values = [points[size][key] / unit for size in sizes]
+            power = report.exponent(sizes, values) if key != "share_of_rate" else None
+            name = provider if power is None else f"{provider}, power {power:.2f}"
+            colour, marker = STYLE.get(provider, (None, "o"))
+            panel.plot(sizes, values, marker=marker, markersize=5, color=colour, label=name)
+        panel.set_xscale("log")
+        if key != "share_of_rate":
+            panel.set_yscale("log")
+            panel.legend(frameon=False, fontsize=8)
+        else:
+            panel.set_ylim(0, None)
+            panel.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.0%}"))
+        panel.set_xlabel(axis)
+        panel.set_ylabel(label)
+        panel.set_xticks(ticks)
+        panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+        panel.xaxis.set_minor_formatter("")
+        panel.tick_params(axis="x", labelrotation=30)
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+    machine = document["machine"]
+    where = machine.get("device", f"{machine['threads']} CPU threads")
+    figure.suptitle(f"{loss}, {machine.get('dtype', 'float32')}, {where}", size=11)
     figure.savefig(target, metadata={"Date": None})
-    return target
+    plt.close(figure)
+    return True
 
 
-def table(document: dict, loss: str) -> str:
-    cases: dict[str, dict[str, dict]] = defaultdict(dict)
-    for row in document["rows"]:
-        if row["loss"] == loss:
-            cases[f"{row['rows']} x {row['features']}"][row["provider"]] = row
-    providers = [name for name in STYLE if any(name in rows for rows in cases.values())]
-    lines = [
-        f"| {loss} | " + " | ".join(providers) + " | of the machine's rate |",
-        "|---" * (len(providers) + 2) + "|",
-    ]
-    for case, rows in cases.items():
-        cells = [
-            f"{rows[name]['seconds'] * 1e3:,.1f} ms, {rows[name]['extra_bytes'] / 2**20:,.0f} MiB"
-            if "seconds" in rows.get(name, {})
-            else rows.get(name, {}).get("failed", "")
-            for name in providers
-        ]
-        lines.append(f"| {case} | {' | '.join(cells)} | {rows['fastssl']['share_of_rate']:.0%} |")
-    return "\n".join(lines)
+def draw_files(files: Sequence[Path]) -> None:
+    """Draw every loss of these results that has two sizes beside them, and print how cost grows."""
+    for file in files:
+        document = json.loads(file.read_text())
+        print(f"{file}: powers of the size over the {report.LARGEST} largest")
+        print(report.growth(document["rows"]))
+        for loss in dict.fromkeys(row["loss"] for row in document["rows"]):
+            target = file.with_name(f"{file.stem}-{report.slug(loss)}.svg")
+            if draw(document, loss, target):
+                print(target)
+
+
+def fill_readme(readme: Path) -> None:
+    """Put what is recorded into the README's tables and draw the figures that it shows."""
+    text, results = readme.read_text(), readme.parent / "benchmarks" / "results"
+    readme.write_text(report.filled(text, results))
+    for name, figure in re.findall(r"\(benchmarks/results/([^-)]+)-([^)]+)\.svg\)", text):
+        document = json.loads((results / f"{name}.json").read_text())
+        losses = {report.slug(row["loss"]): row["loss"] for row in document["rows"]}
+        draw(document, losses[figure], results / f"{name}-{figure}.svg")
 
 
 if __name__ == "__main__":
-    recorded = json.loads((RESULTS / f"{sys.argv[1]}.json").read_text())
-    losses = list(dict.fromkeys(row["loss"] for row in recorded["rows"]))
-    for loss in losses:
-        if not loss.endswith("routes"):
-            print(table(recorded, loss), end="\n\n")
-    for chosen, (drawn, *_) in FIGURES.items():
-        if set(drawn) <= set(losses):
-            print(plot(recorded, sys.argv[1], chosen))
+    fill_readme(Path(__file__).resolve().parent.parent / "README.md")

@@ -39,8 +39,21 @@ def test_what_fails_is_counted(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_every_kernel_runs_and_figures_are_written(tmp_path: Path) -> None:
-    status, summary = rehearse(tmp_path, "sanitizer", "benchmarks")
+    status, summary = rehearse(tmp_path, "sanitizer", "launches", "benchmarks")
     assert status == 0, summary + "".join(p.read_text()[-2000:] for p in tmp_path.glob("*.log"))
     assert "every kernel ran" in summary
-    document = json.loads((tmp_path / "gpu-float32.json").read_text())
-    assert [row["provider"] for row in document["rows"]] == ["fastssl"]
+    assert "0 of the losses' graphs failed" in summary
+    document = json.loads((tmp_path / "gpu-tiny.json").read_text())
+    assert {row["provider"] for row in document["rows"]} == {"fastssl"}
+    assert not any("failed" in row for row in document["rows"])
+
+
+def test_a_part_that_has_no_time_left_fails_and_benchmarks_do_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOTAL", "0")
+    status, summary = rehearse(tmp_path, "benchmarks", "tests")
+    assert status == 1
+    assert "benchmarks-tiny: no time left" in summary
+    assert "tests: no time left" in summary
+    assert "1 parts failed" in summary

@@ -9,6 +9,7 @@ the largest entry, or of 1.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,15 +21,19 @@ ORDERS = 4
 
 
 def value_and_gradients(
-    loss: Callable[..., Tensor], inputs: Sequence[Tensor], upstream: Tensor | float = 1.0
+    loss: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    upstream: Tensor | float = 1.0,
+    fixed: Sequence[Tensor] = (),
 ) -> list[Tensor]:
-    """Return the loss and the gradient of each input."""
+    """Return the loss and the gradient of each input but the fixed ones, its last arguments."""
     inputs = [x.detach().clone().requires_grad_() for x in inputs]
-    value = loss(*inputs)
+    value = loss(*inputs, *fixed)
     value.backward(
         torch.as_tensor(upstream, dtype=value.dtype, device=value.device).expand_as(value)
     )
-    return [value.detach(), *(x.grad for x in inputs)]
+    gradients: list[Any] = [x.grad for x in inputs]
+    return [value.detach(), *gradients]
 
 
 def check_accuracy(
@@ -36,14 +41,16 @@ def check_accuracy(
     plain: Callable[..., Tensor],
     inputs: Sequence[Tensor],
     upstream: Tensor | float = 1.0,
+    fixed: Sequence[Tensor] = (),
 ) -> None:
     """Raise AssertionError where value or a gradient of ``fused`` breaks the rule.
 
-    Inputs with two dimensions are rows of features; others are left in their order.
+    Inputs with two dimensions are rows of features; others are left in their order. Fixed ones, the
+    last arguments, get no gradient.
     """
-    truth = value_and_gradients(plain, [x.double() for x in inputs], upstream)
-    ours = value_and_gradients(fused, inputs, upstream)
-    peers = [_with_features_reordered(plain, inputs, upstream) for _ in range(ORDERS)]
+    truth = value_and_gradients(plain, _double(inputs), upstream, _double(fixed))
+    ours = value_and_gradients(fused, inputs, upstream, fixed)
+    peers = [_with_features_reordered(plain, inputs, upstream, fixed) for _ in range(ORDERS)]
     for i, (exact, got, *theirs) in enumerate(zip(truth, ours, *peers, strict=True)):
         name = f"gradient of input {i - 1}" if i else "value"
         assert got.shape == exact.shape, (
@@ -65,26 +72,34 @@ def check_same_function(
     loss: Callable[..., Tensor],
     plain: Callable[..., Tensor],
     inputs: Sequence[Tensor],
+    fixed: Sequence[Tensor] = (),
     *,
     backward: bool = True,
 ) -> None:
     """Raise AssertionError where a loss is not the plain one but for rounding, however large."""
     allowed = 30 * torch.finfo(inputs[0].dtype).eps ** 0.75
     if backward:
-        truth = value_and_gradients(plain, [x.double() for x in inputs])
-        found = value_and_gradients(loss, inputs)
+        truth = value_and_gradients(plain, _double(inputs), fixed=_double(fixed))
+        found = value_and_gradients(loss, inputs, fixed=fixed)
     else:
-        truth, found = [plain(*(x.double() for x in inputs))], [loss(*inputs)]
+        truth, found = [plain(*_double(inputs), *_double(fixed))], [loss(*inputs, *fixed)]
     for got, exact in zip(found, truth, strict=True):
         error = (got - exact).abs().max() / exact.abs().max()
         assert error <= allowed, f"off by {error:.1e} of the largest entry"
 
 
+def _double(inputs: Sequence[Tensor]) -> list[Tensor]:
+    return [x.double() if x.is_floating_point() else x for x in inputs]
+
+
 def _with_features_reordered(
-    plain: Callable[..., Tensor], inputs: Sequence[Tensor], upstream: Tensor | float
+    plain: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    upstream: Tensor | float,
+    fixed: Sequence[Tensor],
 ) -> list[Tensor]:
     order = torch.randperm(inputs[0].shape[-1], device=inputs[0].device)
-    reordered = [x[:, order] if x.dim() == 2 else x for x in inputs]
-    result = value_and_gradients(plain, reordered, upstream)
+    reordered, others = ([x[:, order] if x.dim() == 2 else x for x in y] for y in (inputs, fixed))
+    result = value_and_gradients(plain, reordered, upstream, others)
     back = order.argsort()
     return [result[0], *(x[:, back] if x.dim() == 2 else x for x in result[1:])]
