@@ -1,7 +1,7 @@
 """Figures of recorded results.
 
-``python benchmarks/plot.py`` fills the README's tables and draws its figures from what is in
-``results/``. ``fastssl bench --plot FILES`` draws each loss of any files.
+``python benchmarks/plot.py`` fills the tables of README.md and docs/speed.md and draws their figures
+from what is in ``results/``. ``fastssl bench --plot FILES`` draws each loss of any files.
 """
 
 import json
@@ -93,15 +93,17 @@ def draw_files(files: Sequence[Path]) -> None:
                 print(target)
 
 
-def fill_readme(readme: Path) -> None:
-    """Put what is recorded into the README's tables and draw the figures that it shows."""
-    text, results = readme.read_text(), readme.parent / "benchmarks" / "results"
-    readme.write_text(report.filled(text, results))
-    for name, figure in re.findall(r"\(benchmarks/results/([^-)]+)-([^)]+)\.svg\)", text):
+def fill(page: Path, results: Path) -> None:
+    """Put what is recorded into a page's tables and draw the figures that it shows."""
+    text = page.read_text()
+    page.write_text(report.filled(text, results))
+    for name, figure in re.findall(r"benchmarks/results/([^-)]+)-([^)]+)\.svg\)", text):
         document = json.loads((results / f"{name}.json").read_text())
         losses = {report.slug(row["loss"]): row["loss"] for row in document["rows"]}
         draw(document, losses[figure], results / f"{name}-{figure}.svg")
 
 
 if __name__ == "__main__":
-    fill_readme(Path(__file__).resolve().parent.parent / "README.md")
+    here = Path(__file__).resolve().parent
+    for page in (here.parent / "README.md", here.parent / "docs" / "speed.md"):
+        fill(page, here / "results")

@@ -13,7 +13,7 @@ OURS = ("fastssl", "compiled", "plain")
 STEP = "forward + backward"
 OF_SCORES = ("Sinkhorn", "SwaV", "soft cross-entropy")
 LARGEST = 4  # sizes that a fit is of: small ones cost what a call costs
-MARKED = re.compile(r"(<!-- table (\S+): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- table (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 HEADER = (
     f"{'':63}{'time':>13}{'20 to 80 %':>16}{'of ours':>8}{'extra MiB':>10}{'saved MiB':>10}"
     f"{'launches':>9}{'of floor':>9}"
@@ -117,15 +117,18 @@ def growth(rows: Sequence[Row]) -> str:
 
 
 def table(rows: Sequence[Row], losses: Sequence[str]) -> str:
-    """Losses as a table of Markdown: ours, the plain loss and peers at each size."""
+    """Losses as a table of Markdown: ours, the plain loss and peers at each size.
+
+    A loss may be given with a size, ``NT-Xent, 4096 x 128``.
+    """
     cases: dict[str, dict[str, Row]] = defaultdict(dict)
     for loss in losses:
-        mine = [row for row in rows if row["loss"] == loss]
+        mine = [row for row in rows if _named(row, [loss])]
         mine = [row for row in mine if row.get("pass", STEP) == STEP] or mine
         if not mine:
             raise ValueError(f"losses must be among those recorded, got {loss!r}")
         for row in mine:
-            title = size_of(row) if len(losses) == 1 else f"{loss}, {size_of(row)}"
+            title = size_of(row) if len(losses) == 1 else f"{row['loss']}, {size_of(row)}"
             cases[title][row["provider"]] = row
     providers = list(dict.fromkeys(name for found in cases.values() for name in found))
     peers = [name for name in providers if name not in OURS]
@@ -145,6 +148,11 @@ def table(rows: Sequence[Row], losses: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
+def _named(row: Row, losses: Sequence[str]) -> bool:
+    """Whether a row is of one of the losses, some of which may be of a size."""
+    return row["loss"] in losses or f"{row['loss']}, {size_of(row)}" in losses
+
+
 def _milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:.{3 if seconds < 0.1 else 0}f}"
 
@@ -160,13 +168,18 @@ def _cell(row: Row | None) -> str:
 def filled(text: str, results: Path) -> str:
     """Text with the table of recorded results in the place of what stands between two markers.
 
-    The first marker names a file in the folder of results and losses of it, the second is
-    ``<!-- end -->``: ``<!-- table cpu: NT-Xent; DCL -->``.
+    The first marker names files in the folder of results and losses of each, the second is
+    ``<!-- end -->``: ``<!-- table cpu: NT-Xent; DCL | gpu: CLIP -->``.
     """
 
     def fill(found: re.Match[str]) -> str:
-        start, name, losses, end = found.groups()
-        rows = json.loads((results / f"{name}.json").read_text())["rows"]
-        return f"{start}{table(rows, losses.split('; '))}\n{end}"
+        start, named, end = found.groups()
+        rows, losses = [], []
+        for part in named.split(" | "):
+            name, of_file = part.split(": ")
+            losses += of_file.split("; ")
+            recorded = json.loads((results / f"{name}.json").read_text())["rows"]
+            rows += [row for row in recorded if _named(row, of_file.split("; "))]
+        return f"{start}{table(rows, losses)}\n{end}"
 
     return MARKED.sub(fill, text)

@@ -272,20 +272,20 @@ def test_tables_hold_what_was_recorded_and_what_failed() -> None:
         report.table(rows, ["CLIP"])
 
 
-def test_the_readme_says_what_was_recorded() -> None:
-    readme = (ROOT / "README.md").read_text()
-    assert len(report.MARKED.findall(readme)) == readme.count("<!-- table") > 0
-    assert report.filled(readme, ROOT / "benchmarks" / "results") == readme
+@pytest.mark.parametrize("page", ["README.md", "docs/speed.md"])
+def test_pages_say_what_was_recorded(page: str) -> None:
+    text = (ROOT / page).read_text()
+    assert len(report.MARKED.findall(text)) == text.count("<!-- table") > 0
+    assert report.filled(text, ROOT / "benchmarks" / "results") == text
 
 
 def test_a_stale_table_is_filled_again(tmp_path: Path) -> None:
-    results = tmp_path / "benchmarks" / "results"
-    results.mkdir(parents=True)
+    results = tmp_path
     (results / "cpu.json").write_text(json.dumps({"machine": {"threads": 2}, "rows": grown(2, 1)}))
     readme = tmp_path / "README.md"
     figure = "![it](benchmarks/results/cpu-nt_xent.svg)"
     readme.write_text(f"{figure}\n<!-- table cpu: NT-Xent -->\n| old |\n<!-- end -->\nwords\n")
-    plot.fill_readme(readme)
+    plot.fill(readme, results)
     text = readme.read_text()
     assert "| old |" not in text
     assert report.table(grown(2, 1), ["NT-Xent"]) + "\n<!-- end -->\nwords" in text
