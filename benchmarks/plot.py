@@ -1,7 +1,7 @@
 """Figures of recorded results.
 
-``python benchmarks/plot.py`` fills the tables of README.md and docs/speed.md and draws their figures
-from what is in ``results/``. ``fastssl bench --plot FILES`` draws each loss of any files.
+``python benchmarks/plot.py`` fills the tables of README.md and docs/speed.md and draws their
+figures from what is in ``results/``. ``fastssl bench --plot FILES`` draws each loss of any files.
 """
 
 import json

@@ -174,7 +174,8 @@ def filled(text: str, results: Path) -> str:
 
     def fill(found: re.Match[str]) -> str:
         start, named, end = found.groups()
-        rows, losses = [], []
+        rows: list[Row] = []
+        losses: list[str] = []
         for part in named.split(" | "):
             name, of_file = part.split(": ")
             losses += of_file.split("; ")

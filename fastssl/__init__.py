@@ -12,6 +12,7 @@ from fastssl.losses.contrastive import (
     SupConLoss,
 )
 from fastssl.losses.redundancy import BarlowTwinsLoss, VICRegLoss
+from fastssl.losses.regression import NegativeCosineSimilarity, SymNegCosineSimilarityLoss
 from fastssl.memory_bank import MemoryBankModule, SampleMemoryBank
 from fastssl.patching import Patch, patch
 
@@ -24,11 +25,13 @@ __all__ = [
     "InfoNCELoss",
     "MemoryBankModule",
     "NTXentLoss",
+    "NegativeCosineSimilarity",
     "Patch",
     "SampleMemoryBank",
     "SigLipLoss",
     "SupConLoss",
     "SwaVLoss",
+    "SymNegCosineSimilarityLoss",
     "VICRegLoss",
     "__version__",
     "functional",

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 import sys
 import typing
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ COMMANDS = {
     "evaluate": "evaluate the backbone of a run",
     "report": "draw the report of a run",
     "verify": "train with the plain PyTorch loss and with the fused ones, and compare step by step",
+    "bench": "measure every loss on this machine beside others, or draw what was measured",
+    "reproduce": "run an experiment of a few minutes and draw it; without a name, list them",
     "info": "versions, devices, and the backend that would run the losses here",
 }
 PRETRAIN = """
@@ -42,18 +45,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         if name in ("evaluate", "report"):
             command.add_argument("run", metavar="RUN", type=Path, help="folder of the run")
+            if name == "evaluate":
+                command.add_argument(
+                    "--labels",
+                    nargs="+",
+                    default=(),
+                    metavar="N",
+                    help="how many labelled images to fine-tune on, numbers or shares such as 1%% "
+                    "(default 20 50 100 200)",
+                )
         elif name == "verify":
             _add_verify_options(command)
+        elif name == "reproduce":
+            _add_reproduce_options(command)
     try:
         if arguments[:1] == ["pretrain"]:  # the only options whose help needs the trainer
             _add_config_options(commands.choices["pretrain"])
+        if arguments[:1] == ["bench"]:
+            _add_bench_options(commands.choices["bench"])
         options = vars(parser.parse_args(arguments))
         status: int = globals()["_" + options.pop("command")](**options)
         return status
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("fastssl"):
             raise
-        reason = f"{error.name} is not installed; pip install 'fastssl-losses[train]'"
+        extra = "bench" if arguments[0] == "bench" else "train"
+        reason = f"{error.name} is not installed; pip install 'fastssl-losses[{extra}]'"
     except (ValueError, OSError, FloatingPointError) as error:
         # An error in a DataLoader's worker ends with the message, after the worker's traceback.
         reason = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
@@ -77,6 +94,55 @@ def _add_verify_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_bench_options(parser: argparse.ArgumentParser) -> None:
+    from fastssl.benchmarks.cases import LEVELS
+
+    lists = (
+        ("--losses", "the losses and primitives to measure"),
+        ("--providers", "whose: fastssl, plain, compiled, or a library"),
+    )
+    for name, help in lists:
+        parser.add_argument(name, metavar="NAME[,...]", help=f"{help} (default all)")
+    parser.add_argument(
+        "--sizes",
+        choices=LEVELS,
+        help="; ".join(f"{level}: {words}" for level, words in LEVELS.items()),
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="(default cuda where there is one)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of rows of features (default float32)",
+    )
+    parser.add_argument("--record", metavar="FILE", type=Path, help="JSON file to write")
+    parser.add_argument(
+        "--plot",
+        nargs="+",
+        metavar="FILE",
+        type=Path,
+        help="draw these recorded files beside them instead, and print how cost grows with size",
+    )
+
+
+def _add_reproduce_options(parser: argparse.ArgumentParser) -> None:
+    # What is left out here has the default that the experiment gives it.
+    parser.add_argument("name", metavar="NAME", nargs="?", help="which one")
+    for name, kind, metavar, help in (
+        ("dataset", str, "NAME", "on which data set (default digits)"),
+        ("data-dir", Path, "NAME", "where data sets are kept (default data)"),
+        ("method", str, "NAME", "with which method, where there is a choice"),
+        ("labels", int, "N", "labelled images, of few-labels (default 200)"),
+        ("epochs", int, "N", "passes over the images (default by experiment and data set)"),
+        ("seeds", int, "N", "how often everything is trained (default 3)"),
+        ("out", Path, "NAME", "folder of the experiment (default runs/NAME-DATASET)"),
+    ):
+        parser.add_argument(
+            f"--{name}", type=kind, metavar=metavar, default=argparse.SUPPRESS, help=help
+        )
+
+
 def _add_config_options(parser: argparse.ArgumentParser) -> None:
     from fastssl.trainer.config import Config, presets
 
@@ -98,19 +164,21 @@ def _add_config_options(parser: argparse.ArgumentParser) -> None:
         help = option.metadata["help"]
         if option.metadata["choices"]:
             help += f": {', '.join(option.metadata['choices'])}"
-        if option.default is not None:
+        if option.default not in (None, False):
             help += f" (default {option.default})"
+        value: dict[str, Any] = {"type": kind, "metavar": {int: "N", float: "X"}.get(kind, "NAME")}
+        if kind is bool:
+            value = {"action": argparse.BooleanOptionalAction}
         parser.add_argument(
             "--" + option.name.replace("_", "-"),
-            type=kind,
-            metavar={int: "N", float: "X", str: "NAME"}[kind],
             default=argparse.SUPPRESS,
             help=help.replace("%", "%%"),
+            **value,
         )
 
 
 def _pretrain(config: Path | None, resume: bool, **given: Any) -> int:
-    from fastssl.trainer import evaluate, loop
+    from fastssl.trainer import evaluate, loop, parallel
     from fastssl.trainer.config import Config, read_options
 
     options = {**(read_options(config) if config else {}), **given}
@@ -120,6 +188,8 @@ def _pretrain(config: Path | None, resume: bool, **given: Any) -> int:
     run = loop.pretrain(Config.from_dict(options), resume=resume)
     if not run.complete:
         return 130
+    if parallel.rank():  # of several processes the lead goes on
+        return 0
     learned = evaluate.read_results(run.path)
     if learned is None:
         learned = evaluate.evaluate_run(run.path)
@@ -131,10 +201,10 @@ def _pretrain(config: Path | None, resume: bool, **given: Any) -> int:
     return 0
 
 
-def _evaluate(run: Path) -> int:
+def _evaluate(run: Path, labels: Sequence[str]) -> int:
     from fastssl.trainer import evaluate
 
-    _print_learned(evaluate.evaluate_run(run))
+    _print_learned(evaluate.evaluate_run(run, labels=labels))
     return 0
 
 
@@ -150,12 +220,13 @@ def _print_learned(results: dict[str, Any]) -> None:
     table.add_column("")
     for column in ("pretrained", "without pretraining"):
         table.add_column(column, justify="right")
-    rows = (
-        ("nearest neighbours, frozen features", "knn"),
-        ("linear probe, frozen features", "linear"),
-    )
-    for words, name in rows:
-        table.add_row(words, *(f"{results[name][arm]:.1%}" for arm in ("pretrained", "random")))
+    rows = [
+        ("nearest neighbours, frozen features", results["knn"]),
+        ("linear probe, frozen features", results["linear"]),
+        *((f"linear probe after {stage['name']}", stage) for stage in results["stages"][:-1]),
+    ]
+    for words, row in rows:
+        table.add_row(words, *(f"{row[arm]:.1%}" for arm in ("pretrained", "random")))
     for row in results["few_labels"]:
         arms = (row["fine_tuned"], row["from_scratch"])
         cells = (f"{arm['mean']:.1%} ± {100 * arm['std']:.1f}" for arm in arms)
@@ -174,6 +245,40 @@ def _verify(method: str, steps: int, out: Path) -> int:
     from fastssl.trainer import verify
 
     return 0 if verify.verify(method, steps=steps, out=out) else 1
+
+
+def _bench(plot: Sequence[Path] | None, record: Path | None, **options: str | None) -> int:
+    if plot:
+        from fastssl.benchmarks.plot import draw_files
+
+        draw_files(plot)
+        return 0
+    import pytest
+    import pytest_benchmark  # noqa: F401 # named at once where it is missing
+
+    from fastssl.benchmarks import cases
+
+    cases.choose(options["losses"], options["providers"])
+    given = {**options, "record": record and str(record.with_suffix(".json").absolute())}
+    folder = Path(cases.__file__).resolve().parent
+    # Nothing of a project that this command happens to run in: its options, plugins or caches.
+    own = ["-c", os.devnull, f"--rootdir={folder}", f"--confcutdir={folder}", "-pno:cacheprovider"]
+    quiet = ["-q", "--no-header", "--disable-warnings"]
+    chosen = [f"--{name}={value}" for name, value in given.items() if value]
+    return int(pytest.main([str(folder), "--import-mode=importlib", *own, *quiet, *chosen]))
+
+
+def _reproduce(name: str | None, **given: Any) -> int:
+    from fastssl.trainer.experiments import EXPERIMENTS
+    from fastssl.trainer.reproduce import reproduce
+
+    if name is None:
+        for known, experiment in EXPERIMENTS.items():
+            print(f"{known:18}{experiment.line} (about {experiment.takes})")
+        return 0
+    if name not in EXPERIMENTS:
+        raise ValueError(f"experiment must be one of {', '.join(EXPERIMENTS)}, got {name!r}")
+    return 0 if reproduce(EXPERIMENTS[name], **given) else 130
 
 
 def _info() -> int:

@@ -11,6 +11,7 @@ from fastssl.losses.contrastive import (
     supcon,
 )
 from fastssl.losses.redundancy import barlow_twins, vicreg
+from fastssl.losses.regression import negative_cosine_similarity
 
 __all__ = [
     "barlow_twins",
@@ -18,6 +19,7 @@ __all__ = [
     "dcl",
     "info_nce",
     "mises_fisher_weights",
+    "negative_cosine_similarity",
     "nt_xent",
     "siglip",
     "sinkhorn_knopp",

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fastssl.distributed import gather_rows
+from fastssl.distributed import Group, gather_rows
 
 
 class MemoryBankModule(nn.Module):
@@ -15,9 +15,10 @@ class MemoryBankModule(nn.Module):
 
     Args:
         size: (number of rows, D); a number alone takes D from the first batch; 0 for no bank.
-        gather_distributed: Whether the rows of all ranks of the default process group are stored.
+        gather_distributed: Whether the rows of all ranks of a process group are stored.
         feature_dim_first: Whether ``forward`` returns the bank as [D, rows].
         persistent: Whether a state dict holds the bank, which needs D to be given.
+        group: The process group; None for the default one.
 
     Attributes:
         bank: [rows, D] float32.
@@ -44,12 +45,14 @@ class MemoryBankModule(nn.Module):
         feature_dim_first: bool = True,
         *,
         persistent: bool = False,
+        group: Group = None,
     ) -> None:
         super().__init__()
         self.size = _size(size)
         if persistent and len(self.size) == 1 and self.size[0]:
             raise ValueError(f"size must be ({self.size[0]}, D) with persistent, got {size}")
         self.gather_distributed = gather_distributed
+        self.group = group
         self.feature_dim_first = feature_dim_first
         rows = torch.empty(self.size) if len(self.size) == 1 else _random_rows(*self.size)
         self.register_buffer("bank", rows, persistent=persistent)
@@ -93,7 +96,7 @@ class MemoryBankModule(nn.Module):
     def update(self, output: Tensor) -> None:
         """Put output's rows [N, D], or those of all ranks, in the places of the oldest."""
         bank = self.rows_for(output)
-        rows = gather_rows(output)[0] if self.gather_distributed else output
+        rows = gather_rows(output, self.group)[0] if self.gather_distributed else output
         places = (self.bank_ptr + torch.arange(len(rows), device=bank.device)) % len(bank)
         bank[places[-len(bank) :]] = rows[-len(bank) :].to(bank)
         self.bank_ptr.copy_((self.bank_ptr + len(rows)) % len(bank))

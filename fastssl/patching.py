@@ -1,12 +1,14 @@
 """Our losses in the place of an installed library's, and back."""
 
 import importlib
+import importlib.util
 import sys
 from types import ModuleType, TracebackType
 
 from fastssl.losses.clustering import SwaVLoss
 from fastssl.losses.contrastive import ClipLoss, DCLLoss, DCLWLoss, NTXentLoss, SigLipLoss
 from fastssl.losses.redundancy import BarlowTwinsLoss, VICRegLoss
+from fastssl.losses.regression import NegativeCosineSimilarity, SymNegCosineSimilarityLoss
 from fastssl.memory_bank import MemoryBankModule
 
 # Our class for each of a library's that it follows, by the name of its module there.
@@ -15,8 +17,10 @@ LIBRARIES: dict[str, list[tuple[str, type]]] = {
         ("lightly.loss.barlow_twins_loss", BarlowTwinsLoss),
         ("lightly.loss.dcl_loss", DCLLoss),
         ("lightly.loss.dcl_loss", DCLWLoss),
+        ("lightly.loss.negative_cosine_similarity", NegativeCosineSimilarity),
         ("lightly.loss.ntx_ent_loss", NTXentLoss),
         ("lightly.loss.swav_loss", SwaVLoss),
+        ("lightly.loss.sym_neg_cos_sim_loss", SymNegCosineSimilarityLoss),
         ("lightly.loss.vicreg_loss", VICRegLoss),
         ("lightly.models.modules.memory_bank", MemoryBankModule),
     ],
@@ -35,6 +39,8 @@ class Patch:
         self.library = library
         self._originals: list[tuple[ModuleType, str, type, type]] = []
         for place, ours in LIBRARIES[library]:
+            if importlib.util.find_spec(place) is None:
+                continue  # a class that this version of the library does not have
             theirs = getattr(importlib.import_module(place), ours.__name__)
             if theirs is not ours:
                 self._swap(theirs, ours)

@@ -245,6 +245,18 @@ def vicreg(
     return lambda_param * invariance + mu_param * variance + nu_param * covariance
 
 
+def negative_cosine_similarity(x0: Tensor, x1: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
+    """Negative cosine similarity of SimSiam (Chen & He 2021, equation 1), averaged over pairs.
+
+    See ``fastssl.functional.negative_cosine_similarity`` for the arguments.
+    """
+    units = []
+    for x in (x0, x1):
+        norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
+        units.append(x * torch.where(norm > 0, 1 / norm.clamp_min(eps), torch.zeros_like(norm)))
+    return -(units[0] * units[1]).sum(dim).mean()
+
+
 def sinkhorn_knopp(
     scores: Tensor, epsilon: float = 0.05, iterations: int = 3, *, hard: bool = False
 ) -> Tensor:

@@ -307,7 +307,7 @@ def sigmoid_fwd(q, k, scale, bias, ids, first, needs):
         scale: [] float32, on the device.
         bias: [] float32, on the device.
         ids: [N] integers or None: (i, j), but for pairs, is left out if ids[first + i] == ids[j].
-        first: column of row 0's pair, or -1 where no row has a pair, and then there are no ids.
+        first: column of row 0's pair; where no row has one -1, without ids, or N, with [N + M].
         needs: which of dq, dk, dscale, dbias to compute.
 
     Returns:

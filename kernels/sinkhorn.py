@@ -259,18 +259,21 @@ def _sinkhorn_codes_kernel(
     tl.store(codes_ptr + at, codes.to(codes_ptr.dtype.element_ty), mask=mask)
 
 
-def sinkhorn_fwd(scores, epsilon, iterations):
+def sinkhorn_fwd(scores, epsilon, iterations, samples=0, reduce=None):
     """Codes of prototype scores.
 
     Args:
         scores: [B, K] float32, bfloat16 or float16, any strides.
         epsilon: float.
         iterations: int, T.
+        samples: number of samples on all ranks, if there are several.
+        reduce: puts the "sum" or "max" over ranks in place of a tensor, if there are several.
 
     Returns:
         codes [B, K] in the type of scores.
     """
     (B, K), device = scores.shape, scores.device
+    samples = samples or B
     arch, multiprocessors = target(device)
     config = (B, K, scores.dtype, arch, multiprocessors)
     stride_b, stride_k = scores.stride()
@@ -302,7 +305,21 @@ def sinkhorn_fwd(scores, epsilon, iterations):
             rows_per_share=rows,
             **options,
         )
-        return parts
+        return of_all_ranks(parts)
+
+    def of_all_ranks(parts):
+        if reduce is None:
+            return parts
+        if rest is None:
+            totals, tops = parts
+            highest = tops.amax(0)
+            reduce(highest, "max")
+            total = (totals * torch.exp((tops - highest) / epsilon)).sum(0)
+            reduce(total, "sum")
+            return torch.stack([total, highest])[:, None]
+        total = parts.view(-1, K).sum(0)
+        reduce(total, "sum")
+        return total[None]
 
     def merge(parts):
         options, _ = launch_config("merge", *config)
@@ -315,7 +332,7 @@ def sinkhorn_fwd(scores, epsilon, iterations):
             previous_ptr=rest,
             rest_ptr=following,
             epsilon=epsilon,
-            B=B,
+            B=samples,
             K=K,
             shares=parts.shape[-2],
             **options,
@@ -327,6 +344,7 @@ def sinkhorn_fwd(scores, epsilon, iterations):
             totals, tops = column_parts()
             largest = tops.amax()
             total = (totals * torch.exp((tops - largest) / epsilon)).sum()
+            total *= B / samples  # the kernel multiplies by B
             options, rows = launch_config("codes", *config)
             launch(
                 _sinkhorn_codes_kernel,
@@ -355,6 +373,8 @@ def sinkhorn_fwd(scores, epsilon, iterations):
                     rows_per_share=rows,
                     **options,
                 )
+                if left:
+                    parts = of_all_ranks(parts)
         else:
             options, rows = launch_config("wide_row", *config)
             for left in reversed(range(iterations)):

@@ -54,7 +54,11 @@ def test_pretrain_goes_from_images_to_a_report_and_does_nothing_twice(folder, ca
     assert written == {path: path.stat().st_mtime_ns for path in (folder / "run").rglob("*")}
 
     (folder / "run" / "evaluation.json").unlink()
-    assert cli.main(["evaluate", "run"]) == 0
+    assert cli.main(["evaluate", "run", "--labels", "50%", "20"]) == 0
+    printed = capsys.readouterr().out
+    assert "trained on 20 labels" in printed
+    assert "trained on 24 labels" in printed  # half of the training split
+    assert "linear probe after block3" in printed
     assert cli.main(["report", "run"]) == 0
     assert (folder / "run" / "evaluation.json").exists()
 
@@ -139,7 +143,8 @@ def test_an_error_in_a_worker_is_one_line_too(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["pretrain"], ["evaluate"], ["report"], ["verify"], ["info"]]
+    "command",
+    [[], *([name] for name in cli.COMMANDS)],
 )
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as exit:

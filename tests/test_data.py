@@ -15,7 +15,7 @@ pytest.importorskip("torchvision")
 from PIL import Image
 from torchvision import datasets
 
-from fastssl.trainer import augment, data
+from fastssl.trainer import Config, augment, data
 
 
 @pytest.fixture
@@ -172,6 +172,16 @@ def test_classes_of_an_image_folder_are_its_subfolders(tmp_path):
     assert found.pretrain[0][0].shape == (3, 12, 10)  # augmentation crops from the whole image
 
 
+def test_a_class_may_be_a_link_and_a_link_may_lead_back(tmp_path):
+    write_pngs(tmp_path / "elsewhere", 5)
+    write_pngs(tmp_path / "images" / "cat", 5)
+    (tmp_path / "images" / "dog").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "images" / "cat" / "back").symlink_to(tmp_path / "images")
+    found = data.load("folder", tmp_path / "images", image_size=8)
+    assert found.classes == ("cat", "dog")
+    assert (len(found.train), len(found.test)) == (8, 2)
+
+
 def test_an_image_folder_may_bring_its_own_split(tmp_path):
     for split, count in (("train", 3), ("val", 2)):
         for label in ("a", "b"):
@@ -198,6 +208,81 @@ def test_an_unreadable_image_is_named(tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"not an image")
     with pytest.raises(ValueError, match=r"broken\.jpg cannot be read as an image"):
         data.load("folder", tmp_path).pretrain[1]
+
+
+@pytest.fixture
+def damage(tmp_path):
+    """Ten whole images in two classes, and files in true formats that are not whole."""
+    noise = random_images(1, 60, 50, 3)[0]
+    for label in ("a", "b"):
+        write_pngs(tmp_path / label, 5)
+    whole = {}
+    for ending in ("jpg", "png", "webp", "tif", "bmp"):
+        path = tmp_path / "a" / f"whole.{ending}"
+        Image.fromarray(noise).save(path)
+        content = path.read_bytes()
+        whole[ending] = content
+        if ending == "tif":
+            path.unlink()
+    damaged = {
+        "cut.jpg": whole["jpg"][: len(whole["jpg"]) // 2],
+        "cut.png": whole["png"][: len(whole["png"]) // 2],
+        "cut.webp": whole["webp"][: len(whole["webp"]) // 2],
+        "cut.tif": whole["tif"][: len(whole["tif"]) // 2],
+        "cut.bmp": whole["bmp"][: len(whole["bmp"]) // 2],
+        "zeros.png": whole["png"][:60] + bytes(200) + whole["png"][260:],
+        "header.jpg": whole["jpg"][:30],
+        "empty.png": b"",
+        "words.jpg": b"not an image",
+    }
+    for name, content in damaged.items():
+        (tmp_path / "b" / name).write_bytes(content)
+    (tmp_path / "a" / "a png.jpg").write_bytes(whole["png"])  # what it is called is no matter
+    return tmp_path, [tmp_path / "b" / name for name in damaged]
+
+
+def test_damaged_images_are_named_counted_and_left_out(damage, capsys):
+    folder, damaged = damage
+    found = data.load("folder", folder, 8, damaged="skip")
+    printed = capsys.readouterr().out
+    assert f"{len(damaged)} of {15 + len(damaged)} images are damaged and left out" in printed
+    assert printed.count("\n") == 1 + len(damaged)
+    paths = {*found.train.paths, *found.test.paths}
+    assert len(paths) == 15
+    for path in damaged:
+        assert f"  {path} (" in printed
+        assert str(path) not in paths
+    for split in (found.pretrain, found.train, found.test):
+        for i in range(len(split)):
+            assert split[i][0].dtype == torch.uint8
+
+
+def test_damaged_images_are_refused_by_name_when_they_are_met(damage, capsys):
+    folder, damaged = damage
+    found = data.load("folder", folder, 8)
+    assert capsys.readouterr().out == ""
+    where = {
+        path: (split, i)
+        for split in (found.train, found.test)
+        for i, path in enumerate(split.paths)
+    }
+    assert len(where) == 15 + len(damaged)
+    for path in damaged:
+        split, i = where[str(path)]
+        with pytest.raises(ValueError, match=f"{path} cannot be read as an image"):
+            split[i]
+
+
+def test_the_choice_is_for_folders_alone():
+    with pytest.raises(ValueError, match="damaged is for dataset 'folder' only, got skip"):
+        Config(damaged="skip")
+    assert Config(dataset="folder", damaged="skip").damaged == "skip"
+
+
+def test_a_folder_of_damaged_images_alone_is_an_error(tmp_path):
+    (tmp_path / "empty.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="no images in"):
+        data.load("folder", tmp_path, damaged="skip")
 
 
 def test_an_image_folder_without_images_is_an_error(tmp_path):
@@ -240,7 +325,7 @@ def views_of_digits(seed=0):
 def test_views_follow_from_seed_epoch_and_index_alone():
     views = views_of_digits()
     first, index, label = views[3, 5]
-    assert (index, label) == (5, views.images[5][1])
+    assert (index, label) == (5, views.originals.images[5][1])
     torch.rand(1)
     again = views[3, 5][0]
     assert all(map(torch.equal, first, again))
@@ -257,7 +342,7 @@ def test_views_of_several_sizes_are_batched_by_transform():
     assert [view.shape for view in batch.views] == [(4, 1, size, size) for size in (16, 9, 12, 9)]
     assert not torch.equal(batch.views[1], batch.views[3])
     assert batch.index.tolist() == [index for _, index in next(iter(sampler))]
-    assert batch.labels.tolist() == [views.images[i][1] for i in batch.index.tolist()]
+    assert batch.labels.tolist() == [views.originals.images[i][1] for i in batch.index.tolist()]
 
 
 def test_where_an_item_is_several_images_transforms_take_turns():

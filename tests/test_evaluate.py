@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import Subset
 
 from fastssl.trainer import data, evaluate, networks
 from fastssl.trainer.config import Config
@@ -167,19 +168,19 @@ def test_a_draw_takes_what_a_small_class_has() -> None:
 
 def test_few_labels_are_learned_in_place_and_reproducibly(digits: data.Data) -> None:
     chosen = evaluate.draw_labels(digits.train.labels, 20, seed=0)
-    images = digits.normalize(digits.train.images[chosen])
-    labels = digits.train.labels[chosen]
+    few = Subset(digits.train, chosen.tolist())
 
     def train(seed: int) -> tuple[nn.Module, torch.Tensor]:
         torch.manual_seed(1)
         backbone = networks.build_backbone("cnn", 1, 16)
         before = backbone[0].weight.detach().clone()
-        network = evaluate.train_on_few(backbone, images, labels, 10, seed=seed)
+        network = evaluate.train_on_few(backbone, few, data=digits, device="cpu", seed=seed)
         assert not torch.equal(backbone[0].weight, before)
         return network, network[0][0].weight.detach()
 
     network, weight = train(0)
-    assert torch.equal(network.eval()(images).argmax(1), labels)
+    images = digits.normalize(digits.train.images[chosen])
+    assert torch.equal(network.eval()(images).argmax(1), digits.train.labels[chosen])
     assert torch.equal(weight, train(0)[1])
     assert not torch.equal(weight, train(1)[1])
 
@@ -200,6 +201,16 @@ def test_evaluation_of_a_run(
         json.loads((run / "evaluation.json").read_text()) == results == evaluate.read_results(run)
     )
     assert results["knn"]["pretrained"] > 0.5  # even random features are better than chance
+    assert [stage["name"] for stage in results["stages"]] == [
+        "block1",
+        "block2",
+        "block3",
+        "block4",
+    ]
+    assert [stage["width"] for stage in results["stages"]] == [32, 64, 64, 128]
+    for stage in results["stages"]:
+        assert 0.3 < stage["pretrained"] == stage["random"] <= 1
+    assert results["linear"]["random"] == results["stages"][-1]["random"]
     (row,) = results["few_labels"]
     assert row["labels"] == 20
     for arm in ("fine_tuned", "from_scratch", "pretrained_frozen", "random_frozen"):
@@ -208,6 +219,80 @@ def test_evaluation_of_a_run(
         assert row[arm]["std"] == pytest.approx(abs(first - second) / math.sqrt(2))
     # This "pretrained" backbone is an untrained one of seed 0, as is the random one.
     assert results["knn"]["pretrained"] == results["knn"]["random"]
+
+
+def test_labels_are_numbers_or_shares(tmp_path, digits, monkeypatch):
+    run = make_run(tmp_path / "run", digits)
+    monkeypatch.setattr(evaluate, "DRAWS", 2)
+    monkeypatch.setitem(evaluate.FEW_LABELS, "steps", 1)
+    monkeypatch.setattr(evaluate, "linear_probe", lambda *_: 0.5)
+    results = evaluate.evaluate_run(run, labels=["2%", 14, "1%"])
+    assert [row["labels"] for row in results["few_labels"]] == [14, 29]  # of 1437
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ("many", "labels must be numbers or shares such as 200 or 1%, got 'many'"),
+        ("2.5", "numbers or shares .* got '2.5'"),
+        ("nan%", "numbers or shares .* got 'nan%'"),
+        ("inf%", "numbers or shares .* got 'inf%'"),
+        ("0.1%", "labels must be 2 to 1437, .* got '0.1%', which is 1"),
+        ("101%", "labels must be 2 to 1437, .* got '101%', which is 1451"),
+        (1438, "labels must be 2 to 1437, the number of labelled images, got '1438'"),
+        (-5, "labels must be 2 to 1437, .* got '-5'"),
+    ],
+)
+def test_labels_that_cannot_be_had_are_an_error(asked, says):
+    with pytest.raises(ValueError, match=says):
+        evaluate.label_count(asked, 1437)
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "size", "widths"),
+    [
+        ("cnn", 1, 16, [32, 64, 64, 128]),
+        ("resnet18", 1, 16, [64, 64, 128, 256, 512]),
+        ("resnet50", 3, 65, [64, 256, 512, 1024, 2048]),
+    ],
+)
+def test_stages_are_seen_in_order_and_the_last_is_the_backbones_own(name, channels, size, widths):
+    backbone = networks.build_backbone(name, channels, size).eval()
+    stages = networks.StageFeatures(backbone)
+    images = torch.rand(2, channels, size, size)
+    with torch.no_grad():
+        parts = stages(images).split(widths, dim=1)
+        assert list(stages.widths.values()) == widths
+        assert torch.equal(parts[-1], backbone(images))
+        x = images
+        for module in backbone if name == "cnn" else ():
+            x = module(x)
+            if isinstance(module, nn.ReLU):
+                break
+        if name != "cnn":
+            x = backbone.maxpool(backbone.relu(backbone.bn1(backbone.conv1(images))))
+    torch.testing.assert_close(parts[0], x.mean((2, 3)))
+    assert not any(module._forward_hooks for module in backbone.modules())
+
+
+def test_an_exported_resnet_is_torchvisions(tmp_path):
+    from safetensors.torch import load_file
+    from torchvision.models import resnet18
+
+    for channels, size in ((3, 65), (1, 16)):
+        backbone = networks.build_backbone("resnet18", channels, size).eval()
+        path = tmp_path / f"{size}.safetensors"
+        about = {"architecture": "resnet18", "channels": channels, "size": size}
+        networks.export_backbone(path, backbone, **about, mean=(0.5,), std=(0.5,))
+        network = resnet18(num_classes=7).eval()
+        if size <= 64:
+            network.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
+            network.maxpool = nn.Identity()
+        missing, unexpected = network.load_state_dict(load_file(path), strict=False)
+        assert (missing, unexpected) == (["fc.weight", "fc.bias"], [])
+        images = torch.rand(2, channels, size, size)
+        with torch.no_grad():
+            assert torch.equal(network(images), network.fc(backbone(images)))
 
 
 def test_a_data_set_without_labels_is_skipped(

@@ -1,6 +1,7 @@
 """The plan of the house: what imports what, what a bare import costs, and what the wheel holds."""
 
 import ast
+import json
 import os
 import shutil
 import subprocess
@@ -11,17 +12,21 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+LINKED = ("benchmarks", "kernels")  # folders at the top that are installed in fastssl
 MAY_IMPORT = {
     "__init__": {"functional", "losses", "memory_bank", "patching", "reference"},
     "functional": {"losses"},
     "reference": set(),
-    "cli": {"trainer", "ops", "__version__"},
-    "trainer": {"trainer", "losses", "ops", "functional", "reference", "__version__"},
+    "__main__": {"cli"},
+    "cli": {"trainer", "ops", "benchmarks", "__version__"},
+    "trainer": {
+        *("trainer", "losses", "ops", "functional", "distributed", "reference", "__version__")
+    },
     "losses": {"losses", "ops", "distributed", "memory_bank"},
     "memory_bank": {"distributed"},
     "patching": {"losses", "memory_bank"},
     "distributed": set(),
-    "ops": {"ops", "kernels", "streaming"},
+    "ops": {"ops", "kernels", "streaming", "distributed"},
     "kernels": {"kernels"},
     "streaming": {"streaming"},
 }
@@ -29,7 +34,10 @@ VERIFY_ALONE_USES_REFERENCE = {"trainer/verify.py", "__init__.py"}
 
 
 def sources() -> list[Path]:
-    return sorted((ROOT / "fastssl").glob("**/*.py")) + sorted((ROOT / "kernels").glob("*.py"))
+    linked = (ROOT / folder for folder in LINKED)
+    return sorted(
+        [*(ROOT / "fastssl").glob("**/*.py"), *(path for x in linked for path in x.glob("*.py"))]
+    )
 
 
 def part_of(source: Path) -> str:
@@ -54,6 +62,8 @@ def test_imports_run_downwards(source: Path) -> None:
     part = part_of(source)
     own = {name.split(".")[1] for name in imported_modules(source) if name.startswith("fastssl.")}
     own = {"losses" if name[0].isupper() else name for name in own}  # the Modules at the top
+    if part == "benchmarks":  # anything
+        return
     assert own <= MAY_IMPORT[part], f"{part} must not import {own - MAY_IMPORT[part]}"
     if "reference" in own:
         assert str(source.relative_to(ROOT / "fastssl")) in VERIFY_ALONE_USES_REFERENCE
@@ -91,7 +101,7 @@ def test_the_torch_backend_never_imports_triton(tmp_path: Path) -> None:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("wheel")
     source = out / "source"  # a build leaves files behind, which a later one would take for its own
-    for folder in ("fastssl", "kernels"):
+    for folder in ("fastssl", *LINKED):
         shutil.copytree(ROOT / folder, source / folder, symlinks=True)
     for file in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, source)
@@ -107,8 +117,8 @@ def test_the_wheel_holds_fastssl_and_nothing_else(wheel: Path) -> None:
     assert {name for name in top if not name.endswith(".dist-info")} == {"fastssl"}
     packed = {name for name in names if name.startswith("fastssl/") and name.endswith(".py")}
     expected = {
-        str(Path("fastssl", "kernels", path.name))
-        if path.parent.name == "kernels"
+        str(Path("fastssl", path.parent.name, path.name))
+        if path.parent.name in LINKED
         else str(path.relative_to(ROOT))
         for path in sources()
     }
@@ -127,3 +137,18 @@ def test_the_wheel_works_outside_the_checkout(wheel: Path, tmp_path: Path) -> No
         env={**os.environ, "PYTHONPATH": str(tmp_path / "site"), "TRITON_INTERPRET": "1"},
     )
     assert all(Path(path).is_relative_to(tmp_path / "site") for path in where.split())
+
+
+@pytest.mark.slow
+def test_the_wheel_measures_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    options = "--sizes tiny --losses sinkhorn_knopp --providers fastssl,plain --record out/rows"
+    printed = run_python(
+        "import sys, fastssl; assert 'site' in fastssl.__file__; from fastssl.cli import main\n"
+        f"sys.exit(main('bench {options}'.split()) or main('bench --plot out/rows.json'.split()))",
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site"), "PYTEST_ADDOPTS": ""},
+    )
+    assert "of floor" in printed
+    assert "2 passed" in printed
+    assert len(json.loads((tmp_path / "out" / "rows.json").read_text())["rows"]) == 2

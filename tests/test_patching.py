@@ -1,7 +1,9 @@
 """Our losses stand in for an installed library's, train as its own do, and step back."""
 
+import importlib.util
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
 
 import pytest
 import torch
@@ -56,6 +58,23 @@ def test_a_second_patch_swaps_and_undoes_nothing(lightly) -> None:
         with fastssl.patch("lightly", verbose=False) as second:
             assert second.swapped == []
         assert lightly.loss.NTXentLoss is fastssl.NTXentLoss
+
+
+def test_a_class_that_only_some_versions_have_is_swapped_where_it_is(
+    lightly, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = "lightly.loss.sym_neg_cos_sim_loss"
+    with fastssl.patch("lightly", verbose=False) as done:
+        assert lightly.loss.NegativeCosineSimilarity is fastssl.NegativeCosineSimilarity
+        assert (f"{place}.SymNegCosineSimilarityLoss" in done.swapped) == (
+            importlib.util.find_spec(place) is not None
+        )
+    old = importlib.util.module_from_spec(ModuleSpec(place, None))
+    old.SymNegCosineSimilarityLoss = type("SymNegCosineSimilarityLoss", (nn.Module,), {})
+    monkeypatch.setitem(sys.modules, place, old)
+    with fastssl.patch("lightly", verbose=False):
+        assert old.SymNegCosineSimilarityLoss is fastssl.SymNegCosineSimilarityLoss
+    assert old.SymNegCosineSimilarityLoss is not fastssl.SymNegCosineSimilarityLoss
 
 
 def test_it_says_what_was_swapped(lightly, capsys: pytest.CaptureFixture[str]) -> None:

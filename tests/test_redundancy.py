@@ -1,8 +1,9 @@
 """Barlow Twins and VICReg keep every promise about numbers, on every backend and both routes."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from measure import extra_bytes
 from targets import Target
+from torch import distributed as dist
 
 import fastssl
 from fastssl import functional, reference
-from fastssl.ops import energy
+from fastssl.ops import energy, reduced_energy
 
 # Aligned to tiles; ragged; more features than samples; two samples; one feature.
 SHAPES = [(64, 32), (37, 19), (9, 300), (2, 5), (40, 1)]
@@ -380,6 +382,44 @@ def test_what_is_saved_is_no_larger_than_the_input(
     assert sum(saved.values()) <= 2 * 4 * n * min(n, d) + difference + vectors
 
 
+@pytest.fixture
+def one_rank(target: Target, tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group(
+        "nccl" if target.device == "cuda" else "gloo",
+        init_method=f"file://{tmp_path / 'rendezvous'}",
+        rank=0,
+        world_size=1,
+    )
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("standardize", [False, True])
+@pytest.mark.usefixtures("one_rank")
+def test_reducing_over_one_rank_is_the_same(target: Target, standardize: bool) -> None:
+    """The losses would leave it alone; this is how a GPU meets the products of several ranks."""
+    options = {"eps": 1e-5, "standardize": standardize, "backend": target.backend}
+
+    def measured(
+        function: Callable[..., tuple[torch.Tensor, ...]], *z: torch.Tensor
+    ) -> torch.Tensor:
+        value, diagonal, factor = function(*z, **options)
+        scale = 1 if standardize else factor[0].square()
+        return value / scale**2 + (diagonal / scale).sum()
+
+    for dtype in dtypes(target):
+        z = views(target, 40, 30, dtype)[: 2 if standardize else 1]
+        reduced = partial(reduced_energy.reduced_cross_energy, samples=40)
+        got, expected = (
+            value_and_gradients(partial(measured, function), z)
+            for function in (reduced, energy.cross_energy)
+        )
+        for a, b in zip(got, expected, strict=True):
+            assert a.dtype == b.dtype
+            error = torch.linalg.vector_norm(a.double() - b.double())
+            assert error <= 8 * torch.finfo(dtype).eps * torch.linalg.vector_norm(b.double())
+
+
 @pytest.mark.slow
 def test_peak_memory_is_far_below_the_matrix(loss: str) -> None:
     n, d = 64, 8192
@@ -479,6 +519,11 @@ BAD_INPUT = {
         ValueError,
         "eps must be positive and finite, got 0.0",
     ),
+    "unknown exchange": (
+        lambda loss: loss(ZEROS, ZEROS, exchange="ring"),
+        ValueError,
+        "exchange must be one of 'auto', 'gather', 'reduce', got 'ring'",
+    ),
     "unknown backend": (
         lambda loss: loss(ZEROS, ZEROS, backend="cuda"),
         ValueError,
@@ -513,6 +558,8 @@ class TestModule:
             MODULES[loss](eps=-1.0)
         with pytest.raises(ValueError, match="backend must be one of"):
             MODULES[loss](backend="gpu")
+        with pytest.raises(ValueError, match="exchange must be one of"):
+            MODULES[loss](exchange="ring")
 
     def test_replaces_lightlys(self, loss: str) -> None:
         lightly = pytest.importorskip("lightly.loss")

@@ -1,13 +1,19 @@
+import base64
+import dataclasses
+import io
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
+from PIL import Image
 
 from fastssl.trainer import data, evaluate, networks, report
 from fastssl.trainer.config import Config
 from fastssl.trainer.data import Files
+from fastssl.trainer.methods import METHODS
 
 
 class Page(HTMLParser):
@@ -67,6 +73,10 @@ RESULTS = {
     "recipe": evaluate.FEW_LABELS,
     "knn": {"pretrained": 0.9712, "random": 0.8817},
     "linear": {"pretrained": 0.9856, "random": 0.9434},
+    "stages": [
+        {"name": "block1", "width": 32, "pretrained": 0.8111, "random": 0.8444},
+        {"name": "block2", "width": 128, "pretrained": 0.9856, "random": 0.9434},
+    ],
     "few_labels": [
         {
             "labels": labels,
@@ -121,7 +131,7 @@ def test_the_report_asks_for_nothing_from_elsewhere(whole: tuple[Path, str]) -> 
 def test_the_report_is_whole_html_and_every_picture_has_words(whole: tuple[Path, str]) -> None:
     page = Page(whole[1])
     assert page.open == []
-    assert len(page.figures) == 9  # few labels, loss, accuracy, four monitors, two maps
+    assert len(page.figures) == 10  # stages, few labels, loss, accuracy, four monitors, two maps
     assert all(figure["role"] == "img" and figure["aria-label"] for figure in page.figures)
     assert len(page.images) > 100
     assert all(image["alt"] for image in page.images)
@@ -139,6 +149,7 @@ def test_the_report_holds_the_numbers_of_the_run(whole: tuple[Path, str]) -> Non
         "92.1 ± 1.2",
         "83.2 ± 1.2",
         "74.3 ± 1.2",
+        "best features are those after block2; pretraining adds most after block2, 4.2 points.",
     ):
         assert number in text, number
     assert "standard deviation is 0.97 and the effective rank 67 of" in text
@@ -193,6 +204,64 @@ def test_a_run_with_prototypes_tells_how_they_are_used(
     assert " px" not in Page(whole[1]).text
 
 
+def test_random_features_that_are_better_are_told() -> None:
+    stages = [{"name": "stem", "width": 8, "pretrained": 0.5, "random": 0.6}]
+    told = report._stages({**RESULTS, "stages": stages})["text"]
+    assert "after no stage are they better than those of the random network" in told
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_a_report(tmp_path: Path, method: str) -> None:
+    run = make_run(tmp_path / "run", "history", method=method)
+    page = Page(report.write_report(run).read_text())
+    assert page.open == []
+    said = "Pretraining also saw its label" if METHODS[method].labelled else "never saw a label"
+    assert said in page.text
+
+
+class Pieces(METHODS["simclr"]):
+    """A method of one view, four patches, that takes no option."""
+
+    defaults: ClassVar = {}
+
+    @staticmethod
+    def views(config: Config, size: int) -> list[object]:
+        return [lambda image: torch.stack([image[:, : size // 2, : size // 2]] * 4)]
+
+
+def test_patches_other_measures_and_no_projection_are_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METHODS, "pieces", Pieces)
+    run = make_run(tmp_path / "run", method="pieces")
+    columns = zip(HISTORY.splitlines(), ("share_right", "0.25", "0.5", "0.75"), strict=True)
+    (run / "metrics.csv").write_text("\n".join(",".join(pair) for pair in columns))
+    html = report.write_report(run).read_text()
+    page = Page(html)
+    assert page.open == []
+    assert "share right by epoch: from 0.25 to 0.75" in html
+    assert "effective rank 67." in page.text
+    pictures = [
+        Image.open(io.BytesIO(base64.b64decode((image["src"] or "").split(",")[1])))
+        for image in page.images
+        if image["alt"] == "a random view of it"
+    ]
+    assert len(pictures) == 8 * 5
+    assert {(picture.size, picture.mode) for picture in pictures} == {((19, 19), "L")}
+
+
+def test_data_of_ones_own_are_drawn(tmp_path: Path) -> None:
+    digits = data.load("digits")
+    pairs = [((image, 255 - image), label) for image, label in (digits.train[i] for i in range(40))]
+    own = dataclasses.replace(digits, name="pairs", pretrain=pairs, train=None, test=None)
+    run = make_run(tmp_path / "run", "history", "backbone")
+    assert evaluate.evaluate_run(run, data=own) == {"skipped": "data set 'pairs' has no labels"}
+    page = Page(report.write_report(run, data=own).read_text())
+    assert "simclr on pairs" in page.text
+    assert "40 images of 16 x 16 pixels" in page.text
+    assert len(page.figures) == 8  # loss, accuracy, four monitors, two maps
+
+
 def test_a_collapse_is_told(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", "history")
     (run / "metrics.csv").write_text(HISTORY.replace("0.97,66.6", "0.02,1.3"))
@@ -210,7 +279,6 @@ def test_images_without_labels_have_a_map_and_neighbours(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import numpy as np
-    from PIL import Image
 
     paths = []
     for i in range(12):

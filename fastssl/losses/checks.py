@@ -7,6 +7,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from fastssl.distributed import Group, Ranks, ranks_of
+
 
 def check_embeddings(
     name: str, z: Tensor, *, positions: bool = False, letters: str = "N and D"
@@ -63,6 +65,18 @@ def check_views(*, rows: int = 1, positions: bool = False, **views: Tensor) -> N
         raise TypeError(f"{both} have the same dtype, got {_name(a.dtype)} and {_name(b.dtype)}")
     if a.device != b.device:
         raise ValueError(f"{both} be on the same device, got {a.device} and {b.device}")
+
+
+def check_ranks(name: str, z: Tensor, gather: bool, group: Group) -> Ranks | None:
+    """Accept rows on every rank, and return the ranks; None if there are no others to gather from.
+
+    It comes before all other checks, since every rank must hear of one that has no rows.
+
+    Raises:
+        TypeError: Dtypes differ between ranks.
+        ValueError: A rank has no rows, or rows of another size.
+    """
+    return ranks_of(z, group, name) if gather and isinstance(z, Tensor) else None
 
 
 def check_like(name: str, x: Tensor, other_name: str, other: Tensor) -> None:

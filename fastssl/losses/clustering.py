@@ -5,9 +5,16 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
-from fastssl.distributed import gather_rows, rows_per_rank
-from fastssl.losses.checks import check_choice, check_count, check_embeddings, check_number
+from fastssl.distributed import Group, Ranks, sum_over_ranks
+from fastssl.losses.checks import (
+    check_choice,
+    check_count,
+    check_embeddings,
+    check_number,
+    check_ranks,
+)
 from fastssl.losses.module import LossModule
 from fastssl.ops import backend as backends
 from fastssl.ops.sinkhorn import sinkhorn
@@ -21,6 +28,8 @@ def sinkhorn_knopp(
     *,
     differentiable: bool = False,
     hard: bool = False,
+    gather_distributed: bool = False,
+    group: Group = None,
     backend: str = "auto",
 ) -> Tensor:
     """Codes of SwAV: each sample's weights over prototypes, with all prototypes used alike.
@@ -46,6 +55,10 @@ def sinkhorn_knopp(
         differentiable: Whether the codes carry the gradient of the iterations, which PyTorch then
             unrolls, keeping two matrices of each. SwAV and DINO take codes as constants.
         hard: Whether each row is rounded to its largest code, which has no gradient.
+        gather_distributed: Whether the samples of all ranks are assigned together, B of them this
+            rank's. Ranks send sums of K numbers, no scores. Without a process group it makes no
+            difference.
+        group: Process group, the default one for None.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Returns:
@@ -60,6 +73,7 @@ def sinkhorn_knopp(
         >>> sinkhorn_knopp(torch.randn(8, 5)).sum(1)
         tensor([1., 1., 1., 1., 1., 1., 1., 1.])
     """
+    ranks = check_ranks("scores", scores, gather_distributed, group)
     check_embeddings("scores", scores, letters="B and K")
     check_number("epsilon", epsilon, positive=True)
     check_count("iterations", iterations)
@@ -72,9 +86,15 @@ def sinkhorn_knopp(
                 "differentiable=False, or backend='torch' or 'auto'"
             )
         check_choice("backend", backend, backends.BACKENDS)
-        return _unrolled(scores, epsilon, iterations)
-    chosen = backends.resolve(backend, scores)
-    codes = sinkhorn(scores, epsilon=float(epsilon), iterations=iterations, backend=chosen)
+        return _unrolled(scores, epsilon, iterations, ranks)
+    codes = sinkhorn(
+        scores,
+        epsilon=float(epsilon),
+        iterations=iterations,
+        backend=backends.resolve(backend, scores),
+        samples=sum(ranks.sizes) if ranks else 0,
+        group=group,
+    )
     if hard:
         return torch.zeros_like(codes).scatter_(1, codes.argmax(1, keepdim=True), 1)
     return codes
@@ -89,6 +109,7 @@ def swav(
     iterations: int = 3,
     epsilon: float = 0.05,
     gather_distributed: bool = False,
+    group: Group = None,
     backend: str = "auto",
 ) -> Tensor:
     """Swapped prediction of SwAV: each crop predicts the codes of the global crops.
@@ -114,8 +135,10 @@ def swav(
         temperature: Positive number, of the predictions.
         iterations: Of Sinkhorn-Knopp.
         epsilon: Positive number, of Sinkhorn-Knopp.
-        gather_distributed: Whether samples of all ranks of the default process group take part in
-            the assignment; without one it makes no difference.
+        gather_distributed: Whether samples of all ranks take part in the assignment, those of the
+            queue too, of which each rank then has its own. Without a process group it makes no
+            difference.
+        group: Process group, the default one for None.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Returns:
@@ -133,20 +156,31 @@ def swav(
     """
     high, low = list(high_resolution_outputs), list(low_resolution_outputs)
     queue = None if queue_outputs is None else list(queue_outputs)
+    first = "high_resolution_outputs[0]"
+    ranks = check_ranks(first, high[0], gather_distributed, group) if high else None
     _check_crops(high, low, queue)
     check_number("temperature", temperature, positive=True)
+    check_number("epsilon", epsilon, positive=True)
+    check_count("iterations", iterations)
     chosen = backends.resolve(backend, high[0])
 
     codes = []
     for i, scores in enumerate(high):
         assigned = scores.detach()
+        holders = [ranks]
         if queue is not None:
             assigned = torch.cat([assigned, queue[i].detach()])
-        own = slice(0, len(assigned))
-        if gather_distributed:
-            assigned, own = gather_rows(assigned)
-        found = sinkhorn_knopp(assigned, epsilon, iterations, backend=backend)
-        codes.append(found[own][: len(scores)])
+            name = f"queue_outputs[{i}]"
+            holders.append(check_ranks(name, queue[i], gather_distributed, group))
+        found = sinkhorn(
+            assigned,
+            epsilon=float(epsilon),
+            iterations=iterations,
+            backend=chosen,
+            samples=sum(sum(each.sizes) for each in holders if each),
+            group=group,
+        )
+        codes.append(found[: len(scores)])
 
     others = [[x for j, x in enumerate(codes) if j != i] for i in range(len(high))]
     pairs = [(crop, sum(rest[1:], rest[0])) for crop, rest in zip(high, others, strict=True)]
@@ -158,7 +192,7 @@ def swav(
             for crop, target in pairs
         ]
     ).sum()
-    rows = rows_per_rank(high[0]) if gather_distributed else len(high[0])
+    rows = ranks.mean_size if ranks else len(high[0])
     return total / (len(high) * (len(pairs) - 1) * rows)
 
 
@@ -169,8 +203,9 @@ class SwaVLoss(LossModule):
         temperature: Positive number, of the predictions.
         sinkhorn_iterations: Whole number.
         sinkhorn_epsilon: Positive number.
-        sinkhorn_gather_distributed: Whether samples of all ranks of the default process group take
-            part in the assignment; without one it makes no difference.
+        sinkhorn_gather_distributed: Whether samples of all ranks take part in the assignment.
+            Without a process group it makes no difference.
+        group: Process group, the default one for None.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Raises:
@@ -187,6 +222,7 @@ class SwaVLoss(LossModule):
     sinkhorn_iterations: int
     sinkhorn_epsilon: float
     sinkhorn_gather_distributed: bool
+    group: Group
     backend: str
 
     def __init__(
@@ -196,6 +232,7 @@ class SwaVLoss(LossModule):
         sinkhorn_epsilon: float = 0.05,
         sinkhorn_gather_distributed: bool = False,
         *,
+        group: Group = None,
         backend: str = "auto",
     ) -> None:
         check_number("temperature", temperature, positive=True)
@@ -206,6 +243,7 @@ class SwaVLoss(LossModule):
             sinkhorn_iterations=sinkhorn_iterations,
             sinkhorn_epsilon=sinkhorn_epsilon,
             sinkhorn_gather_distributed=sinkhorn_gather_distributed,
+            group=group,
             backend=backend,
         )
 
@@ -224,18 +262,27 @@ class SwaVLoss(LossModule):
             iterations=self.sinkhorn_iterations,
             epsilon=self.sinkhorn_epsilon,
             gather_distributed=self.sinkhorn_gather_distributed,
+            group=self.group,
             backend=self.backend,
         ).reshape(1)
 
 
-def _unrolled(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
+def _unrolled(scores: Tensor, epsilon: float, iterations: int, ranks: Ranks | None) -> Tensor:
     """Codes with their gradient, in PyTorch on logarithms."""
-    B, K = scores.shape
+    B, K = sum(ranks.sizes) if ranks else len(scores), scores.shape[1]
+
+    def over_samples(x: Tensor) -> Tensor:
+        if ranks is None:
+            return x.logsumexp(0)
+        top = x.detach().amax(0)
+        dist.all_reduce(top, op=dist.ReduceOp.MAX, group=ranks.group)
+        return sum_over_ranks((x - top).exp().sum(0), ranks.group).log() + top
+
     with torch.autocast(scores.device.type, enabled=False):
         log_codes = scores.to(torch.promote_types(scores.dtype, torch.float32)) / epsilon
-        log_codes = log_codes - log_codes.logsumexp((0, 1))
+        log_codes = log_codes - over_samples(log_codes).logsumexp(0)
         for _ in range(iterations):
-            log_codes = log_codes - log_codes.logsumexp(0) - math.log(K)
+            log_codes = log_codes - over_samples(log_codes) - math.log(K)
             log_codes = log_codes - log_codes.logsumexp(1, keepdim=True) - math.log(B)
         return (log_codes + math.log(B)).exp().to(scores.dtype)
 

@@ -7,24 +7,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastssl.distributed import gather_rows, rows_per_rank, world_size
+from fastssl.distributed import EXCHANGES, Group, Ranks, world_size
 from fastssl.losses.checks import (
     check_choice,
     check_embeddings,
     check_ids,
     check_like,
     check_number,
+    check_ranks,
     check_scalar,
     check_views,
 )
 from fastssl.losses.module import LossModule
 from fastssl.memory_bank import MemoryBankModule
 from fastssl.ops import backend as backends
+from fastssl.ops.ring import class_sums, ring_class_sums, ring_lse, ring_sigmoid_sum
 from fastssl.ops.sigmoid import sigmoid_sum
 from fastssl.ops.similarity import class_lse, pair_lse, similarity_lse, two_view_lse
 
 REDUCTIONS = ("mean", "sum", "none")
 CONTRAST_MODES = ("all", "one")
+OPEN_CLIP_EXCHANGES = {"bidir": "ring", "shift": "ring", "reduce": "gather", "gather": "gather"}
 
 
 def nt_xent(
@@ -35,6 +38,8 @@ def nt_xent(
     reduction: str = "mean",
     ids: Tensor | None = None,
     gather_distributed: bool = False,
+    group: Group = None,
+    exchange: str = "auto",
     backend: str = "auto",
 ) -> Tensor:
     """Normalised temperature-scaled cross-entropy of SimCLR, without the 2N x 2N matrix.
@@ -58,8 +63,11 @@ def nt_xent(
         reduction: ``"mean"``, ``"sum"``, or ``"none"`` for the 2N terms, those of z0's rows first.
         ids: [N] integers naming the samples. Rows of samples with the same id are not each other's
             negatives; a row's positive stays.
-        gather_distributed: Whether the batch is that of all ranks of the default process group, of
-            which z0 and z1 are a part; without one it makes no difference.
+        gather_distributed: Whether the batch is that of all ranks of a process group, of which
+            z0 and z1 are a part; without one it makes no difference.
+        group: The process group; None for the default one.
+        exchange: How rows of other ranks come here: ``"gather"`` for all at once, ``"ring"`` for
+            one rank's after another's, or ``"auto"``, by their size.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Returns:
@@ -75,14 +83,16 @@ def nt_xent(
         >>> nt_xent(z0, z1, temperature=0.1).shape
         torch.Size([])
     """
+    ranks = check_ranks("z0", z0, gather_distributed, group)
     check_views(z0=z0, z1=z1)
     check_scalar("temperature", temperature)
     check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("exchange", exchange, EXCHANGES)
     if ids is not None:
         check_ids("ids", ids, z0)
     backend = backends.resolve(backend, z0)
-    lse = _negatives_lse(z0, z1, _scale(temperature, z0), ids, gather_distributed, backend)
-    return _reduced(_cross_entropy(lse), reduction, z0 if gather_distributed else None)
+    lse = _negatives_lse(z0, z1, _scale(temperature, z0), ids, ranks, exchange, backend)
+    return _reduced(_cross_entropy(lse), reduction, ranks)
 
 
 class NTXentLoss(LossModule):
@@ -96,9 +106,11 @@ class NTXentLoss(LossModule):
         temperature: Positive number, or a 0-dim tensor; a Parameter is learned.
         memory_bank_size: (number of negatives, D); a number alone takes D from the first batch; 0
             for no memory bank.
-        gather_distributed: Whether the batch is that of all ranks of the default process group;
-            without one it makes no difference.
+        gather_distributed: Whether the batch is that of all ranks of a process group; without one
+            it makes no difference.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        group: The process group; None for the default one.
+        exchange: How rows of other ranks come here: ``"gather"``, ``"ring"`` or ``"auto"``.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Raises:
@@ -114,6 +126,8 @@ class NTXentLoss(LossModule):
     temperature: float | Tensor
     gather_distributed: bool
     reduction: str
+    group: Group
+    exchange: str
     backend: str
 
     def __init__(
@@ -123,17 +137,22 @@ class NTXentLoss(LossModule):
         gather_distributed: bool = False,
         *,
         reduction: str = "mean",
+        group: Group = None,
+        exchange: str = "auto",
         backend: str = "auto",
     ) -> None:
         check_scalar("temperature", temperature)
         check_choice("reduction", reduction, REDUCTIONS)
+        check_choice("exchange", exchange, EXCHANGES)
         super().__init__(
             temperature=temperature,
             gather_distributed=gather_distributed,
             reduction=reduction,
+            group=group,
+            exchange=exchange,
             backend=backend,
         )
-        self.memory_bank = MemoryBankModule(memory_bank_size, gather_distributed)
+        self.memory_bank = MemoryBankModule(memory_bank_size, gather_distributed, group=group)
 
     def forward(self, out0: Tensor, out1: Tensor, ids: Tensor | None = None) -> Tensor:
         """Return the loss of two views' embeddings [N, D], with ids [N] as ``functional.nt_xent``.
@@ -143,6 +162,7 @@ class NTXentLoss(LossModule):
         if self.memory_bank.size[0]:
             if ids is not None:
                 raise ValueError("ids must be None with a memory bank, whose rows have no ids")
+            ranks = check_ranks("out0", out0, self.gather_distributed, self.group)
             check_views(out0=out0, out1=out1)
             bank = self.memory_bank.rows_for(out1)
             terms = info_nce(
@@ -155,7 +175,7 @@ class NTXentLoss(LossModule):
             )
             if out0.requires_grad:
                 self.memory_bank.update(_unit(out1.detach()))
-            return _reduced(terms, self.reduction, out0 if self.gather_distributed else None)
+            return _reduced(terms, self.reduction, ranks)
         return nt_xent(
             out0,
             out1,
@@ -163,6 +183,8 @@ class NTXentLoss(LossModule):
             reduction=self.reduction,
             ids=ids,
             gather_distributed=self.gather_distributed,
+            group=self.group,
+            exchange=self.exchange,
             backend=self.backend,
         )
 
@@ -176,6 +198,9 @@ def info_nce(
     reduction: str = "mean",
     ids: Tensor | None = None,
     negative_ids: Tensor | None = None,
+    gather_distributed: bool = False,
+    group: Group = None,
+    exchange: str = "auto",
     backend: str = "auto",
 ) -> Tensor:
     """InfoNCE of queries against keys, without the matrix of their similarities.
@@ -205,6 +230,13 @@ def info_nce(
         ids: [N] integers naming the queries' samples. A key of the same sample is not a negative.
         negative_ids: [K] or [N, K] integers naming the negatives' samples: given with ids where
             there are negatives, and only there.
+        gather_distributed: Whether the batch is that of all ranks of a process group, of which
+            these queries are a part; without one it makes no difference. Without negatives the
+            positives of all ranks are keys. Negatives [K, D] are to be the same on every rank, as
+            a queue of all ranks' keys is: with negatives the reduction alone is over the ranks.
+        group: The process group; None for the default one.
+        exchange: How positives of other ranks come here: ``"gather"`` for all at once, ``"ring"``
+            for one rank's after another's, or ``"auto"``, by their size.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``. A query's own negatives are multiplied by
             PyTorch on either.
 
@@ -221,9 +253,11 @@ def info_nce(
         >>> info_nce(query, positive, torch.randn(100, 16)).shape
         torch.Size([])
     """
+    ranks = check_ranks("query", query, gather_distributed, group)
     check_views(query=query, positive=positive)
     check_scalar("temperature", temperature)
     check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("exchange", exchange, EXCHANGES)
     if ids is not None:
         check_ids("ids", ids, query)
     backend = backends.resolve(backend, query)
@@ -231,8 +265,17 @@ def info_nce(
     if negatives is None:
         if negative_ids is not None:
             raise ValueError("negative_ids need negatives, got None")
-        lse, _ = pair_lse(query, positive, scale, ids, backend=backend)
-        return _reduced(_cross_entropy(lse), reduction)
+        if ranks is None:
+            lse, _ = pair_lse(query, positive, scale, ids, backend=backend)
+        elif ranks.in_ring(exchange, positive):
+            pairs = scale * _cosines(query, positive)
+            lse, _ = ring_lse(
+                query, positive, scale, pairs, **_samples(query, ids), ranks=ranks, backend=backend
+            )
+        else:
+            keys, ids = ranks.gather(positive), None if ids is None else ranks.gather(ids)
+            lse, _ = pair_lse(query, keys, scale, ids, first=ranks.own.start, backend=backend)
+        return _reduced(_cross_entropy(lse), reduction, ranks)
 
     _check_negatives(negatives, query, ids, negative_ids)
     scores = scale * _cosines(query, positive)
@@ -243,7 +286,7 @@ def info_nce(
         if ids is not None and negative_ids is not None:
             own = own.masked_fill(ids[:, None] == negative_ids, -torch.inf)
         lse = own.logsumexp(1)
-    return _reduced(_cross_entropy(lse - scores), reduction)
+    return _reduced(_cross_entropy(lse - scores), reduction, ranks)
 
 
 class InfoNCELoss(LossModule):
@@ -252,6 +295,10 @@ class InfoNCELoss(LossModule):
     Args:
         temperature: Positive number, or a 0-dim tensor; a Parameter is learned.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        gather_distributed: Whether the batch is that of all ranks of a process group, as in
+            ``functional.info_nce``; without one it makes no difference.
+        group: The process group; None for the default one.
+        exchange: How rows of other ranks come here: ``"gather"``, ``"ring"`` or ``"auto"``.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Raises:
@@ -266,14 +313,32 @@ class InfoNCELoss(LossModule):
 
     temperature: float | Tensor
     reduction: str
+    gather_distributed: bool
+    group: Group
+    exchange: str
     backend: str
 
     def __init__(
-        self, temperature: float | Tensor = 0.1, reduction: str = "mean", *, backend: str = "auto"
+        self,
+        temperature: float | Tensor = 0.1,
+        reduction: str = "mean",
+        *,
+        gather_distributed: bool = False,
+        group: Group = None,
+        exchange: str = "auto",
+        backend: str = "auto",
     ) -> None:
         check_scalar("temperature", temperature)
         check_choice("reduction", reduction, REDUCTIONS)
-        super().__init__(temperature=temperature, reduction=reduction, backend=backend)
+        check_choice("exchange", exchange, EXCHANGES)
+        super().__init__(
+            temperature=temperature,
+            reduction=reduction,
+            gather_distributed=gather_distributed,
+            group=group,
+            exchange=exchange,
+            backend=backend,
+        )
 
     def forward(
         self,
@@ -292,6 +357,9 @@ class InfoNCELoss(LossModule):
             reduction=self.reduction,
             ids=ids,
             negative_ids=negative_ids,
+            gather_distributed=self.gather_distributed,
+            group=self.group,
+            exchange=self.exchange,
             backend=self.backend,
         )
 
@@ -305,6 +373,8 @@ def dcl(
     reduction: str = "mean",
     ids: Tensor | None = None,
     gather_distributed: bool = False,
+    group: Group = None,
+    exchange: str = "auto",
     backend: str = "auto",
 ) -> Tensor:
     """Decoupled contrastive learning: NT-Xent whose positive is not in its own denominator.
@@ -326,12 +396,17 @@ def dcl(
         z1: [N, D] embeddings of the other view, of z0's dtype and device.
         temperature: Positive number, or a 0-dim tensor, which then gets its gradient.
         weight_fn: Called with the unit rows of both views [N, D], then with them exchanged; returns
-            the weights [N] of the positives of its first argument's rows. None: weights of 1.
+            the weights [N] of the positives of its first argument's rows. None: weights of 1. Over
+            several ranks the rows are those of all, and only ``mises_fisher_weights``, which look
+            at no row but at the cosines of the positives, go with a ring.
         reduction: ``"mean"``, ``"sum"``, or ``"none"`` for the 2N terms, those of z0's rows first.
         ids: [N] integers naming the samples. Rows of samples with the same id are not each other's
             negatives.
-        gather_distributed: Whether the batch is that of all ranks of the default process group, of
-            which z0 and z1 are a part; without one it makes no difference.
+        gather_distributed: Whether the batch is that of all ranks of a process group, of which
+            z0 and z1 are a part; without one it makes no difference.
+        group: The process group; None for the default one.
+        exchange: How rows of other ranks come here: ``"gather"`` for all at once, ``"ring"`` for
+            one rank's after another's, or ``"auto"``, by their size.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Returns:
@@ -347,24 +422,37 @@ def dcl(
         >>> dcl(z0, z1, temperature=0.1).shape
         torch.Size([])
     """
+    ranks = check_ranks("z0", z0, gather_distributed, group)
     check_views(z0=z0, z1=z1)
     check_scalar("temperature", temperature)
     check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("exchange", exchange, EXCHANGES)
     if ids is not None:
         check_ids("ids", ids, z0)
-    if len(z0) == 1 and not (gather_distributed and world_size() > 1):
+    if len(z0) == 1 and ranks is None:
         raise ValueError("z0 and z1 must have at least 2 rows, or there are no negatives, got 1")
+    of_cosines = getattr(weight_fn, "func", weight_fn) is mises_fisher_weights
+    if weight_fn is not None and not of_cosines:
+        if exchange == "ring":
+            raise ValueError(
+                "exchange must be 'auto' or 'gather' with a weight_fn of the rows of all ranks, "
+                "got 'ring'"
+            )
+        exchange = "gather"
     scale = _scale(temperature, z0)
     backend = backends.resolve(backend, z0)
-    terms = _negatives_lse(z0, z1, scale, ids, gather_distributed, backend)
+    terms = _negatives_lse(z0, z1, scale, ids, ranks, exchange, backend)
     if weight_fn is not None:
-        (all0, own), (all1, _) = (
-            gather_rows(z) if gather_distributed else (z, slice(None)) for z in (z0, z1)
-        )
-        u0, u1 = _unit(all0), _unit(all1)
+        cosines = _cosines(z0, z1)
+        u0, u1 = _unit(z0), _unit(z1)
+        if ranks is not None:
+            if of_cosines:  # rows of one feature have them too
+                u0, u1 = cosines[:, None], torch.ones_like(cosines[:, None])
+            u0, u1 = ranks.gather(u0), ranks.gather(u1)
+        own = slice(None) if ranks is None else ranks.own
         weights = torch.cat([weight_fn(u0, u1)[own], weight_fn(u1, u0)[own]])
-        terms = terms + (1 - weights) * scale * (u0 * u1).sum(1)[own].repeat(2)
-    return _reduced(terms, reduction, z0 if gather_distributed else None)
+        terms = terms + (1 - weights) * scale * cosines.repeat(2)
+    return _reduced(terms, reduction, ranks)
 
 
 class DCLLoss(LossModule):
@@ -374,8 +462,10 @@ class DCLLoss(LossModule):
         temperature: Positive number, or a 0-dim tensor; a Parameter is learned.
         weight_fn: Called with the unit rows of both views [N, D], then with them exchanged; returns
             the weights [N] of the positives of its first argument's rows. None: weights of 1.
-        gather_distributed: Whether the batch is that of all ranks of the default process group;
-            without one it makes no difference.
+        gather_distributed: Whether the batch is that of all ranks of a process group; without one
+            it makes no difference.
+        group: The process group; None for the default one.
+        exchange: How rows of other ranks come here: ``"gather"``, ``"ring"`` or ``"auto"``.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Raises:
@@ -391,6 +481,8 @@ class DCLLoss(LossModule):
     temperature: float | Tensor
     weight_fn: Callable[[Tensor, Tensor], Tensor] | None
     gather_distributed: bool
+    group: Group
+    exchange: str
     backend: str
 
     def __init__(
@@ -399,13 +491,18 @@ class DCLLoss(LossModule):
         weight_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
         gather_distributed: bool = False,
         *,
+        group: Group = None,
+        exchange: str = "auto",
         backend: str = "auto",
     ) -> None:
         check_scalar("temperature", temperature)
+        check_choice("exchange", exchange, EXCHANGES)
         super().__init__(
             temperature=temperature,
             weight_fn=weight_fn,
             gather_distributed=gather_distributed,
+            group=group,
+            exchange=exchange,
             backend=backend,
         )
 
@@ -418,6 +515,8 @@ class DCLLoss(LossModule):
             weight_fn=self.weight_fn,
             ids=ids,
             gather_distributed=self.gather_distributed,
+            group=self.group,
+            exchange=self.exchange,
             backend=self.backend,
         )
 
@@ -445,8 +544,10 @@ class DCLWLoss(DCLLoss):
     Args:
         temperature: Positive number, or a 0-dim tensor; a Parameter is learned.
         sigma: Positive number; large ones make all weights alike.
-        gather_distributed: Whether the batch is that of all ranks of the default process group;
-            without one it makes no difference.
+        gather_distributed: Whether the batch is that of all ranks of a process group; without one
+            it makes no difference.
+        group: The process group; None for the default one.
+        exchange: How rows of other ranks come here: ``"gather"``, ``"ring"`` or ``"auto"``.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Raises:
@@ -465,11 +566,20 @@ class DCLWLoss(DCLLoss):
         sigma: float = 0.5,
         gather_distributed: bool = False,
         *,
+        group: Group = None,
+        exchange: str = "auto",
         backend: str = "auto",
     ) -> None:
         check_number("sigma", sigma, positive=True)
         weight_fn = partial(mises_fisher_weights, sigma=sigma)
-        super().__init__(temperature, weight_fn, gather_distributed, backend=backend)
+        super().__init__(
+            temperature,
+            weight_fn,
+            gather_distributed,
+            group=group,
+            exchange=exchange,
+            backend=backend,
+        )
 
 
 def supcon(
@@ -480,6 +590,9 @@ def supcon(
     contrast_mode: str = "all",
     base_temperature: float = 0.07,
     *,
+    gather_distributed: bool = False,
+    group: Group = None,
+    exchange: str = "auto",
     backend: str = "auto",
 ) -> Tensor:
     """Supervised contrastive loss, without the VB x VB matrix.
@@ -506,6 +619,12 @@ def supcon(
         temperature: Positive number, or a 0-dim tensor, which then gets its gradient.
         contrast_mode: ``"all"``: every row is an anchor; ``"one"``: those of the first view.
         base_temperature: Positive number that the loss is divided by, as temperature multiplies it.
+        gather_distributed: Whether the batch is that of all ranks of a process group, of which
+            these samples are a part; without one it makes no difference. Labels, not a mask, say
+            there which samples are positives.
+        group: The process group; None for the default one.
+        exchange: How rows of other ranks come here: ``"gather"`` for all at once, ``"ring"`` for
+            one rank's after another's, or ``"auto"``, by their size.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``; with a mask PyTorch does the work.
 
     Returns:
@@ -521,14 +640,24 @@ def supcon(
         >>> supcon(features, labels=torch.arange(8) // 2).shape
         torch.Size([])
     """
+    ranks = check_ranks("features", features, gather_distributed, group)
     _check_features(features, labels, mask)
     check_scalar("temperature", temperature)
     check_choice("contrast_mode", contrast_mode, CONTRAST_MODES)
+    check_choice("exchange", exchange, EXCHANGES)
     check_number("base_temperature", base_temperature, positive=True)
     B, V = features.shape[:2]
     rows = features.reshape(B * V, -1)  # sample by sample
     scale = _scale(temperature, rows)
     chosen = backends.resolve(backend, rows)
+    if ranks is not None:
+        if mask is not None:
+            raise ValueError(
+                "mask must be None over several ranks: labels tell positives on other ranks too"
+            )
+        features = features.flatten(2)
+        terms = _class_lse(features, labels, contrast_mode, scale, ranks, exchange, chosen)
+        return _reduced(terms, "mean", ranks) / (scale * base_temperature)
     if labels is None:
         labels = torch.arange(B, device=rows.device)
     if mask is not None:
@@ -552,6 +681,10 @@ class SupConLoss(LossModule):
         temperature: Positive number, or a 0-dim tensor; a Parameter is learned.
         contrast_mode: ``"all"``: every row is an anchor; ``"one"``: those of the first view.
         base_temperature: Positive number that the loss is divided by, as temperature multiplies it.
+        gather_distributed: Whether the batch is that of all ranks of a process group; without one
+            it makes no difference.
+        group: The process group; None for the default one.
+        exchange: How rows of other ranks come here: ``"gather"``, ``"ring"`` or ``"auto"``.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Raises:
@@ -568,6 +701,9 @@ class SupConLoss(LossModule):
     temperature: float | Tensor
     contrast_mode: str
     base_temperature: float
+    gather_distributed: bool
+    group: Group
+    exchange: str
     backend: str
 
     def __init__(
@@ -576,15 +712,22 @@ class SupConLoss(LossModule):
         contrast_mode: str = "all",
         base_temperature: float = 0.07,
         *,
+        gather_distributed: bool = False,
+        group: Group = None,
+        exchange: str = "auto",
         backend: str = "auto",
     ) -> None:
         check_scalar("temperature", temperature)
         check_choice("contrast_mode", contrast_mode, CONTRAST_MODES)
+        check_choice("exchange", exchange, EXCHANGES)
         check_number("base_temperature", base_temperature, positive=True)
         super().__init__(
             temperature=temperature,
             contrast_mode=contrast_mode,
             base_temperature=base_temperature,
+            gather_distributed=gather_distributed,
+            group=group,
+            exchange=exchange,
             backend=backend,
         )
 
@@ -599,6 +742,9 @@ class SupConLoss(LossModule):
             self.temperature,
             self.contrast_mode,
             self.base_temperature,
+            gather_distributed=self.gather_distributed,
+            group=self.group,
+            exchange=self.exchange,
             backend=self.backend,
         )
 
@@ -611,6 +757,8 @@ def clip(
     *,
     ids: Tensor | None = None,
     gather_distributed: bool = False,
+    group: Group = None,
+    exchange: str = "auto",
     backend: str = "auto",
 ) -> Tensor:
     """Contrastive language-image loss, both directions from one pass, without the N x N matrix.
@@ -630,8 +778,11 @@ def clip(
         logit_bias: Number or 0-dim tensor added to all logits. It changes neither the loss nor any
             gradient, and its own is 0.
         ids: [N] integers naming the pairs. Pairs with the same id are not each other's negatives.
-        gather_distributed: Whether the batch is that of all ranks of the default process group, of
-            which these rows are a part; without one it makes no difference.
+        gather_distributed: Whether the batch is that of all ranks of a process group, of which
+            these rows are a part; without one it makes no difference.
+        group: The process group; None for the default one.
+        exchange: How rows of other ranks come here: ``"gather"`` for all at once, ``"ring"`` for
+            one rank's after another's, or ``"auto"``, by their size.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Returns:
@@ -647,22 +798,26 @@ def clip(
         >>> clip(image, text, logit_scale=14.3).shape
         torch.Size([])
     """
+    ranks = check_ranks("image_features", image_features, gather_distributed, group)
     _check_pairs(image_features, text_features, logit_scale, logit_bias, ids)
+    check_choice("exchange", exchange, EXCHANGES)
     backend = backends.resolve(backend, image_features)
     image, text = image_features, text_features
     scale = _multiplier(logit_scale, image)
-    if gather_distributed:
-        (images, own), (texts, _) = gather_rows(image), gather_rows(text)
-        ids = None if ids is None else gather_rows(ids)[0]
-        at: dict[str, Any] = {"first": own.start, "normalize": False, "backend": backend}
-        rows, _ = pair_lse(image, texts, scale, ids, **at)
-        cols, _ = pair_lse(text, images, scale, ids, **at)
+    plain: dict[str, Any] = {"normalize": False, "backend": backend}
+    if ranks is None:
+        rows, cols = pair_lse(image, text, scale, ids, columns=True, **plain)
+    elif ranks.in_ring(exchange, text):
+        pairs = scale * (image.to(scale.dtype) * text).sum(1)
+        seen = _samples(image, ids)
+        rows, cols = ring_lse(image, text, scale, pairs, **seen, ranks=ranks, columns=True, **plain)
     else:
-        rows, cols = pair_lse(
-            image, text, scale, ids, columns=True, normalize=False, backend=backend
-        )
+        images, texts = ranks.gather(image), ranks.gather(text)
+        ids = None if ids is None else ranks.gather(ids)
+        rows, _ = pair_lse(image, texts, scale, ids, first=ranks.own.start, **plain)
+        cols, _ = pair_lse(text, images, scale, ids, first=ranks.own.start, **plain)
     terms = torch.cat([_cross_entropy(rows), _cross_entropy(cols)])
-    loss = _reduced(terms, "mean", image if gather_distributed else None)
+    loss = _reduced(terms, "mean", ranks)
     return loss if logit_bias is None else loss + 0 * _multiplier(logit_bias, image_features)
 
 
@@ -676,9 +831,11 @@ class ClipLoss(LossModule):
         gather_with_grad: See local_loss.
         cache_labels: See local_loss.
         rank: This process's rank; the process group knows it.
-        world_size: Number of ranks; above 1 the batch is that of all ranks of the default process
-            group, which must have as many.
+        world_size: Number of ranks; above 1 the batch is that of all ranks of the process group,
+            which must have as many.
         use_horovod: Must be False.
+        group: The process group; None for the default one.
+        exchange: How rows of other ranks come here: ``"gather"``, ``"ring"`` or ``"auto"``.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Raises:
@@ -695,6 +852,8 @@ class ClipLoss(LossModule):
     cache_labels: bool
     rank: int
     world_size: int
+    group: Group
+    exchange: str
     backend: str
 
     def __init__(
@@ -706,16 +865,21 @@ class ClipLoss(LossModule):
         world_size: int = 1,
         use_horovod: bool = False,
         *,
+        group: Group = None,
+        exchange: str = "auto",
         backend: str = "auto",
     ) -> None:
         if use_horovod:
             raise ValueError("use_horovod must be False: ranks are those of torch.distributed")
+        check_choice("exchange", exchange, EXCHANGES)
         super().__init__(
             local_loss=local_loss,
             gather_with_grad=gather_with_grad,
             cache_labels=cache_labels,
             rank=rank,
             world_size=world_size,
+            group=group,
+            exchange=exchange,
             backend=backend,
         )
 
@@ -735,7 +899,9 @@ class ClipLoss(LossModule):
             logit_scale,
             logit_bias,
             ids=ids,
-            gather_distributed=_spans_ranks(self.world_size),
+            gather_distributed=_spans_ranks(self.world_size, self.group),
+            group=self.group,
+            exchange=self.exchange,
             backend=self.backend,
         )
         return {"contrastive_loss": loss} if output_dict else loss
@@ -749,6 +915,8 @@ def siglip(
     *,
     ids: Tensor | None = None,
     gather_distributed: bool = False,
+    group: Group = None,
+    exchange: str = "auto",
     backend: str = "auto",
 ) -> Tensor:
     """Sigmoid loss for language-image pairs, without the N x N matrix.
@@ -768,8 +936,11 @@ def siglip(
         logit_scale: Positive number, or a 0-dim tensor, which then gets its gradient.
         logit_bias: Number, or a 0-dim tensor, which then gets its gradient; None for 0.
         ids: [N] integers naming the pairs. Pairs with the same id are not each other's negatives.
-        gather_distributed: Whether the batch is that of all ranks of the default process group, of
-            which these rows are a part; without one it makes no difference.
+        gather_distributed: Whether the batch is that of all ranks of a process group, of which
+            these rows are a part; without one it makes no difference.
+        group: The process group; None for the default one.
+        exchange: How rows of other ranks come here: ``"gather"`` for all at once, ``"ring"`` for
+            one rank's after another's, or ``"auto"``, by their size.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Returns:
@@ -785,22 +956,22 @@ def siglip(
         >>> siglip(image, text, logit_scale=10.0, logit_bias=-10.0).shape
         torch.Size([])
     """
+    ranks = check_ranks("image_features", image_features, gather_distributed, group)
     _check_pairs(image_features, text_features, logit_scale, logit_bias, ids)
-    texts, first, count = text_features, 0, float(len(image_features))
-    if gather_distributed:
-        texts, own = gather_rows(text_features)
-        ids = None if ids is None else gather_rows(ids)[0]
-        first, count = own.start, rows_per_rank(image_features)
-    total = sigmoid_sum(
-        image_features,
-        texts,
-        _multiplier(logit_scale, image_features),
-        _multiplier(0.0 if logit_bias is None else logit_bias, image_features),
-        ids,
-        first=first,
-        backend=backends.resolve(backend, image_features),
-    )
-    return total / count
+    check_choice("exchange", exchange, EXCHANGES)
+    image, text = image_features, text_features
+    backend = backends.resolve(backend, image)
+    scale = _multiplier(logit_scale, image)
+    bias = _multiplier(0.0 if logit_bias is None else logit_bias, image)
+    if ranks is None:
+        return sigmoid_sum(image, text, scale, bias, ids, backend=backend) / len(image)
+    if ranks.in_ring(exchange, text):
+        total = ring_sigmoid_sum(image, text, scale, bias, ids, ranks, backend=backend)
+    else:
+        ids = None if ids is None else ranks.gather(ids)
+        texts, first = ranks.gather(text), ranks.own.start
+        total = sigmoid_sum(image, texts, scale, bias, ids, first=first, backend=backend)
+    return total / ranks.mean_size
 
 
 class SigLipLoss(LossModule):
@@ -809,10 +980,12 @@ class SigLipLoss(LossModule):
     Args:
         cache_labels: Accepted for open_clip's sake: there are no labels to cache.
         rank: This process's rank; the process group knows it.
-        world_size: Number of ranks; above 1 the batch is that of all ranks of the default process
-            group, which must have as many.
-        dist_impl: ``"bidir"``, ``"shift"``, ``"reduce"``, ``"gather"`` or None, accepted for
-            open_clip's sake: texts are gathered.
+        world_size: Number of ranks; above 1 the batch is that of all ranks of the process group,
+            which must have as many.
+        dist_impl: open_clip's name for the exchange, in its place: ``"bidir"`` and ``"shift"`` for
+            ``"ring"``, ``"reduce"`` and ``"gather"`` for ``"gather"``.
+        group: The process group; None for the default one.
+        exchange: How rows of other ranks come here: ``"gather"``, ``"ring"`` or ``"auto"``.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Raises:
@@ -828,6 +1001,8 @@ class SigLipLoss(LossModule):
     rank: int
     world_size: int
     dist_impl: str | None
+    group: Group
+    exchange: str
     backend: str
 
     def __init__(
@@ -837,15 +1012,22 @@ class SigLipLoss(LossModule):
         world_size: int = 1,
         dist_impl: str | None = None,
         *,
+        group: Group = None,
+        exchange: str = "auto",
         backend: str = "auto",
     ) -> None:
         if dist_impl is not None:
-            check_choice("dist_impl", dist_impl, ("bidir", "shift", "reduce", "gather"))
+            check_choice("dist_impl", dist_impl, tuple(OPEN_CLIP_EXCHANGES))
+            if exchange != "auto":
+                raise ValueError(f"exchange must be 'auto' with dist_impl, got {exchange!r}")
+        check_choice("exchange", exchange, EXCHANGES)
         super().__init__(
             cache_labels=cache_labels,
             rank=rank,
             world_size=world_size,
             dist_impl=dist_impl,
+            group=group,
+            exchange=exchange,
             backend=backend,
         )
 
@@ -865,7 +1047,9 @@ class SigLipLoss(LossModule):
             logit_scale,
             logit_bias,
             ids=ids,
-            gather_distributed=_spans_ranks(self.world_size),
+            gather_distributed=_spans_ranks(self.world_size, self.group),
+            group=self.group,
+            exchange=OPEN_CLIP_EXCHANGES[self.dist_impl] if self.dist_impl else self.exchange,
             backend=self.backend,
         )
         return {"contrastive_loss": loss} if output_dict else loss
@@ -886,18 +1070,34 @@ def _multiplier(value: float | Tensor, z: Tensor) -> Tensor:
     return torch.full((), value, dtype=dtype, device=z.device)
 
 
+def _samples(z: Tensor, ids: Tensor | None, views: int = 1) -> dict[str, Any]:
+    """What ``ring_lse`` is told of rows: those of samples z [N, D], or with ids, are not seen."""
+    samples = torch.arange(len(z), device=z.device) if ids is None else ids
+    samples = samples.repeat(views)
+    return {"row_ids": samples, "col_ids": samples, "everywhere": ids is not None}
+
+
 def _negatives_lse(
-    z0: Tensor, z1: Tensor, scale: Tensor, ids: Tensor | None, gather: bool, backend: str
+    z0: Tensor,
+    z1: Tensor,
+    scale: Tensor,
+    ids: Tensor | None,
+    ranks: Ranks | None,
+    exchange: str,
+    backend: str,
 ) -> Tensor:
-    """``two_view_lse`` of this rank's rows; with gather, over the rows of all ranks."""
-    (all0, own), (all1, _) = (gather_rows(z) if gather else (z, slice(None)) for z in (z0, z1))
-    if all0 is z0:
+    """``two_view_lse`` of this rank's rows, over the rows of all ranks."""
+    if ranks is None:
         return two_view_lse(z0, z1, scale, ids, backend=backend)
-    samples = torch.arange(len(all0), device=z0.device) if ids is None else gather_rows(ids)[0]
-    rows, cols = torch.cat([z0, z1]), torch.cat([all0, all1])
-    row_ids, col_ids = samples[own].repeat(2), samples.repeat(2)
-    lse = similarity_lse(rows, cols, scale, row_ids, col_ids, backend=backend)
-    return lse - scale * _cosines(z0, z1).repeat(2)
+    z, both = torch.cat([z0, z1]), ranks.times(2)
+    pairs = (scale * _cosines(z0, z1)).repeat(2)
+    if both.in_ring(exchange, z):
+        seen = _samples(z0, ids, views=2)
+        return ring_lse(z, z, scale, pairs, **seen, ranks=both, backend=backend)[0]
+    keys = ranks.gather(torch.stack([z0, z1], 1)).flatten(0, 1)  # sample by sample
+    samples = torch.arange(len(keys) // 2, device=z.device) if ids is None else ranks.gather(ids)
+    row_ids, col_ids = samples[ranks.own].repeat(2), samples.repeat_interleave(2)
+    return similarity_lse(z, keys, scale, row_ids, col_ids, backend=backend) - pairs
 
 
 def _cross_entropy(lse: Tensor) -> Tensor:
@@ -905,14 +1105,56 @@ def _cross_entropy(lse: Tensor) -> Tensor:
     return -nn.functional.logsigmoid(-lse)
 
 
-def _reduced(terms: Tensor, reduction: str, gathered: Tensor | None = None) -> Tensor:
-    """Mean, sum or all of the terms; of all ranks' together, seen from one, with its rows."""
+def _class_lse(
+    features: Tensor,
+    labels: Tensor | None,
+    contrast_mode: str,
+    scale: Tensor,
+    ranks: Ranks,
+    exchange: str,
+    backend: str,
+) -> Tensor:
+    """``class_lse`` of this rank's anchors, sample by sample, over the rows of all ranks."""
+    B, V = features.shape[:2]
+    rows = features.flatten(0, 1)
+    place = torch.arange(len(rows), device=rows.device)
+    anchors = slice(None, None, V if contrast_mode == "one" else 1)
+    q, row_ids = rows[anchors], place[anchors]
+    in_ring = ranks.times(V).in_ring(exchange, rows)
+    every = features if in_ring else ranks.gather(features)
+
+    # Positives have the same class: of their scores the sum is that with the sum of their rows.
+    sums = nn.functional.pad(every.sum(1, dtype=scale.dtype), (0, 1), value=V)  # the last counts
+    if labels is None:
+        sums = sums if in_ring else sums[ranks.own]
+    elif in_ring:
+        sums = ring_class_sums(sums, labels.reshape(-1), ranks)
+    else:
+        classes = labels.reshape(-1)
+        sums = class_sums(classes, sums, ranks.gather(classes))
+    sums = sums.repeat_interleave(len(q) // B, 0)
+    count = sums[:, -1] - 1
+    positive = scale * (q * (sums[:, :-1] - q)).sum(1) / count.clamp_min(1)
+
+    plain: dict[str, Any] = {"normalize": False, "backend": backend}
+    if in_ring:
+        ids: dict[str, Any] = {"row_ids": row_ids, "col_ids": place, "everywhere": False}
+        lse, _ = ring_lse(q, rows, scale, positive, **ids, ranks=ranks.times(V), **plain)
+    else:
+        row_ids = row_ids + V * ranks.own.start
+        col_ids = torch.arange(V * len(every), device=rows.device)
+        lse = similarity_lse(q, every.flatten(0, 1), scale, row_ids, col_ids, **plain) - positive
+    return lse.masked_fill(count < 1, 0)
+
+
+def _reduced(terms: Tensor, reduction: str, ranks: Ranks | None) -> Tensor:
+    """Mean, sum or all of the terms; with other ranks, of all of theirs, seen from this one."""
     if reduction == "none":
         return terms
-    if gathered is None:
+    if ranks is None:
         return terms.mean() if reduction == "mean" else terms.sum()
-    share = len(gathered) / rows_per_rank(gathered)
-    return share * terms.mean() if reduction == "mean" else world_size() * terms.sum()
+    share = ranks.sizes[ranks.rank] / ranks.mean_size
+    return share * terms.mean() if reduction == "mean" else len(ranks.sizes) * terms.sum()
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -933,11 +1175,11 @@ def _cosines(x: Tensor, y: Tensor) -> Tensor:
     return (_unit(x) * _unit(y)).sum(-1)
 
 
-def _spans_ranks(expected: int) -> bool:
+def _spans_ranks(expected: int, group: Group) -> bool:
     """Whether a loss with this option is one over several ranks, which must be there."""
-    if expected > 1 and world_size() != expected:
+    if expected > 1 and world_size(group) != expected:
         raise ValueError(
-            f"world_size must be that of the default process group, {world_size()}, got {expected}"
+            f"world_size must be that of the process group, {world_size(group)}, got {expected}"
         )
     return expected > 1
 

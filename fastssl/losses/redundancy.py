@@ -1,13 +1,19 @@
 """Losses by which views agree while no feature repeats another, without the D x D matrix."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from fastssl.distributed import gather_rows
-from fastssl.losses.checks import check_number, check_views
+from fastssl.distributed import Group, Ranks, sum_gradients
+from fastssl.losses.checks import check_choice, check_number, check_ranks, check_views
 from fastssl.losses.module import LossModule
 from fastssl.ops import backend as backends
 from fastssl.ops.energy import cross_energy
+from fastssl.ops.reduced_energy import reduced_cross_energy
+
+EXCHANGES = ("auto", "gather", "reduce")
 
 
 def barlow_twins(
@@ -15,6 +21,9 @@ def barlow_twins(
     z_b: Tensor,
     lambda_param: float = 5e-3,
     *,
+    gather_distributed: bool = False,
+    group: Group = None,
+    exchange: str = "auto",
     eps: float = 1e-5,
     backend: str = "auto",
 ) -> Tensor:
@@ -35,6 +44,11 @@ def barlow_twins(
         z_a: [N, D] projections of one view, float64, float32, bfloat16 or float16, N at least 2.
         z_b: [N, D] projections of the other view, of z_a's dtype and device.
         lambda_param: Weight of the squares off the diagonal.
+        gather_distributed: Whether statistics are those of the rows of all ranks. Without a process
+            group it makes no difference.
+        group: Process group, the default one for None.
+        exchange: ``"gather"`` sends the rows to all ranks, ``"reduce"`` adds up panels of the D x D
+            matrix over ranks; ``"auto"`` sends less.
         eps: Positive number added to each feature's variance, the biased one of the batch.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
@@ -51,12 +65,16 @@ def barlow_twins(
         >>> barlow_twins(z_a, z_b).shape
         torch.Size([])
     """
-    check_views(z_a=z_a, z_b=z_b, rows=2)
+    ranks = check_ranks("z_a", z_a, gather_distributed, group)
+    check_views(z_a=z_a, z_b=z_b, rows=1 if ranks else 2)
     check_number("lambda_param", lambda_param)
     check_number("eps", eps, positive=True)
+    check_choice("exchange", exchange, EXCHANGES)
     backend = backends.resolve(backend, z_a)
-    energy, diagonal, _ = cross_energy(z_a, z_b, eps=eps, standardize=True, backend=backend)
-    return (1 - diagonal).square().sum() + lambda_param * energy
+    z_a, z_b, _, energy_of = _exchanged(z_a, z_b, ranks, exchange, backend)
+    energy, diagonal, _ = energy_of(z_a, z_b, eps=eps, standardize=True)
+    loss = (1 - diagonal).square().sum() + lambda_param * energy
+    return sum_gradients(loss, group) if ranks else loss
 
 
 def vicreg(
@@ -66,6 +84,9 @@ def vicreg(
     mu_param: float = 25.0,
     nu_param: float = 1.0,
     *,
+    gather_distributed: bool = False,
+    group: Group = None,
+    exchange: str = "auto",
     eps: float = 1e-4,
     backend: str = "auto",
 ) -> Tensor:
@@ -90,6 +111,11 @@ def vicreg(
         lambda_param: Weight of the invariance term.
         mu_param: Weight of the variance term.
         nu_param: Weight of the covariance term.
+        gather_distributed: Whether statistics are those of the rows of all ranks. Without a process
+            group it makes no difference.
+        group: Process group, the default one for None.
+        exchange: ``"gather"`` sends the rows to all ranks, ``"reduce"`` adds up panels of the D x D
+            matrix over ranks; ``"auto"`` sends less.
         eps: Positive number added to each feature's variance, the unbiased one of the batch.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
@@ -106,7 +132,8 @@ def vicreg(
         >>> vicreg(z_a, z_b).shape
         torch.Size([])
     """
-    check_views(z_a=z_a, z_b=z_b, rows=2, positions=True)
+    ranks = check_ranks("z_a", z_a, gather_distributed, group)
+    check_views(z_a=z_a, z_b=z_b, rows=1 if ranks else 2, positions=True)
     for name, weight in (
         ("lambda_param", lambda_param),
         ("mu_param", mu_param),
@@ -114,24 +141,28 @@ def vicreg(
     ):
         check_number(name, weight)
     check_number("eps", eps, positive=True)
+    check_choice("exchange", exchange, EXCHANGES)
     backend = backends.resolve(backend, z_a)
-    N, D = len(z_a), z_a.shape[-1]
+    all_a, all_b, N, energy_of = _exchanged(z_a, z_b, ranks, exchange, backend)
+    D = z_a.shape[-1]
 
     stds, energies = [], []
-    for z in (z_a, z_b):
-        for position in [z] if z.dim() == 2 else z.reshape(N, -1, D).unbind(1):
-            energy, diagonal, factor = cross_energy(
-                position, eps=eps, standardize=False, backend=backend
-            )
+    for z in (all_a, all_b):
+        for position in [z] if z.dim() == 2 else z.reshape(len(z), -1, D).unbind(1):
+            energy, diagonal, factor = energy_of(position, eps=eps, standardize=False)
             unbiased = N / (N - 1) / factor[0].square()  # the factor is a power of two
             stds.append((unbiased * diagonal + eps).sqrt())
             energies.append(unbiased.square() * energy)
     positions = len(energies) // 2
-    difference = z_a.to(stds[0].dtype) - z_b.to(stds[0].dtype)
-    invariance = (difference * difference).mean()
     variance = torch.relu(1 - torch.stack(stds)).mean()
     covariance = torch.stack(energies).sum() / (positions * D)
-    return lambda_param * invariance + mu_param * variance + nu_param * covariance
+    loss = mu_param * variance + nu_param * covariance
+    difference = z_a.to(loss.dtype) - z_b.to(loss.dtype)
+    invariance = (difference * difference).mean()
+    if ranks:
+        loss = sum_gradients(loss, group)
+        invariance = invariance * (len(z_a) / ranks.mean_size)
+    return lambda_param * invariance + loss
 
 
 class BarlowTwinsLoss(LossModule):
@@ -139,14 +170,17 @@ class BarlowTwinsLoss(LossModule):
 
     Args:
         lambda_param: Weight of the squares off the diagonal.
-        gather_distributed: Whether the batch is that of all ranks of the default process group;
-            without one it makes no difference.
+        gather_distributed: Whether the batch is that of all ranks. Without a process group it
+            makes no difference.
+        group: Process group, the default one for None.
+        exchange: ``"gather"`` sends the rows to all ranks, ``"reduce"`` adds up panels of the D x D
+            matrix over ranks; ``"auto"`` sends less.
         eps: Positive number added to each feature's variance.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Raises:
         TypeError: lambda_param or eps is not a number.
-        ValueError: lambda_param, eps or backend is not accepted.
+        ValueError: lambda_param, eps, exchange or backend is not accepted.
 
     Example:
         >>> criterion = BarlowTwinsLoss()
@@ -156,6 +190,8 @@ class BarlowTwinsLoss(LossModule):
 
     lambda_param: float
     gather_distributed: bool
+    group: Group
+    exchange: str
     eps: float
     backend: str
 
@@ -164,23 +200,35 @@ class BarlowTwinsLoss(LossModule):
         lambda_param: float = 5e-3,
         gather_distributed: bool = False,
         *,
+        group: Group = None,
+        exchange: str = "auto",
         eps: float = 1e-5,
         backend: str = "auto",
     ) -> None:
         check_number("lambda_param", lambda_param)
         check_number("eps", eps, positive=True)
+        check_choice("exchange", exchange, EXCHANGES)
         super().__init__(
             lambda_param=lambda_param,
             gather_distributed=gather_distributed,
+            group=group,
+            exchange=exchange,
             eps=eps,
             backend=backend,
         )
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
         """Return ``functional.barlow_twins`` of two views' projections [N, D]."""
-        if self.gather_distributed:
-            (z_a, _), (z_b, _) = gather_rows(z_a), gather_rows(z_b)
-        return barlow_twins(z_a, z_b, self.lambda_param, eps=self.eps, backend=self.backend)
+        return barlow_twins(
+            z_a,
+            z_b,
+            self.lambda_param,
+            gather_distributed=self.gather_distributed,
+            group=self.group,
+            exchange=self.exchange,
+            eps=self.eps,
+            backend=self.backend,
+        )
 
 
 class VICRegLoss(LossModule):
@@ -190,14 +238,17 @@ class VICRegLoss(LossModule):
         lambda_param: Weight of the invariance term.
         mu_param: Weight of the variance term.
         nu_param: Weight of the covariance term.
-        gather_distributed: Whether the batch is that of all ranks of the default process group;
-            without one it makes no difference.
+        gather_distributed: Whether the batch is that of all ranks. Without a process group it
+            makes no difference.
+        group: Process group, the default one for None.
+        exchange: ``"gather"`` sends the rows to all ranks, ``"reduce"`` adds up panels of the D x D
+            matrix over ranks; ``"auto"`` sends less.
         eps: Positive number added to each feature's variance.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Raises:
         TypeError: A weight or eps is not a number.
-        ValueError: A weight, eps or backend is not accepted.
+        ValueError: A weight, eps, exchange or backend is not accepted.
 
     Example:
         >>> criterion = VICRegLoss()
@@ -209,6 +260,8 @@ class VICRegLoss(LossModule):
     mu_param: float
     nu_param: float
     gather_distributed: bool
+    group: Group
+    exchange: str
     eps: float
     backend: str
 
@@ -220,24 +273,61 @@ class VICRegLoss(LossModule):
         gather_distributed: bool = False,
         eps: float = 1e-4,
         *,
+        group: Group = None,
+        exchange: str = "auto",
         backend: str = "auto",
     ) -> None:
         check_number("lambda_param", lambda_param)
         check_number("mu_param", mu_param)
         check_number("nu_param", nu_param)
         check_number("eps", eps, positive=True)
+        check_choice("exchange", exchange, EXCHANGES)
         super().__init__(
             lambda_param=lambda_param,
             mu_param=mu_param,
             nu_param=nu_param,
             gather_distributed=gather_distributed,
+            group=group,
+            exchange=exchange,
             eps=eps,
             backend=backend,
         )
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
         """Return ``functional.vicreg`` of two views' projections [N, ..., D]."""
-        if self.gather_distributed:
-            (z_a, _), (z_b, _) = gather_rows(z_a), gather_rows(z_b)
-        weights = (self.lambda_param, self.mu_param, self.nu_param)
-        return vicreg(z_a, z_b, *weights, eps=self.eps, backend=self.backend)
+        return vicreg(
+            z_a,
+            z_b,
+            self.lambda_param,
+            self.mu_param,
+            self.nu_param,
+            gather_distributed=self.gather_distributed,
+            group=self.group,
+            exchange=self.exchange,
+            eps=self.eps,
+            backend=self.backend,
+        )
+
+
+def _exchanged(
+    z_a: Tensor, z_b: Tensor, ranks: Ranks | None, exchange: str, backend: str
+) -> tuple[Tensor, Tensor, int, Callable[..., tuple[Tensor, Tensor, Tensor]]]:
+    """Return rows to take statistics of, how many samples they are of, and what takes them."""
+    energy_of = partial(cross_energy, backend=backend)
+    if ranks is None:
+        return z_a, z_b, len(z_a), energy_of
+    samples = sum(ranks.sizes)
+    if exchange == "auto":
+        # Of W ranks, each sends (W - 1) / W of the rows of both views, or twice that of c.
+        of_sums = torch.promote_types(z_a.dtype, torch.float32).itemsize
+        fewer = samples * z_a.itemsize <= z_a.shape[-1] * of_sums
+        exchange = "gather" if fewer else "reduce"
+    if exchange == "reduce":
+        energy_of = partial(
+            reduced_cross_energy, samples=samples, backend=backend, group=ranks.group
+        )
+        return z_a, z_b, samples, energy_of
+    both = ranks.gather(torch.stack((z_a.detach(), z_b.detach()), 1))
+    before, after = both[: ranks.own.start], both[ranks.own.stop :]
+    all_a, all_b = (torch.cat([before[:, i], z, after[:, i]]) for i, z in enumerate((z_a, z_b)))
+    return all_a, all_b, samples, energy_of

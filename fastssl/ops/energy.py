@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastssl.ops.backend import launchers
 
-# The dual route takes N / D of the operations. `pytest benchmarks -k routes` measures both: on a
+# The dual route takes N / D of the operations. `fastssl bench --losses routes` measures both: on a
 # CPU it is the faster from D = 1.5 N on in every row, and the other up to D = N in most.
 DUAL_COST = 1.25
 

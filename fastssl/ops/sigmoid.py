@@ -31,7 +31,8 @@ def sigmoid_sum(
         scale: 0-dim, of the accumulation type (float64 for float64 rows, else float32).
         bias: 0-dim, likewise.
         ids: [N] integers; of columns with equal ids, none but the pair itself counts for a row.
-        first: The pair of row 0; -1 where no row has a pair.
+        first: The pair of row 0. Where no row has a pair -1 without ids; N with ids, which then are
+            [N + M], the columns' and the rows'.
         backend: ``"triton"`` or ``"torch"``, resolved.
 
     Returns:

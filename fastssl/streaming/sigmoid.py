@@ -31,8 +31,8 @@ def sigmoid_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the terms [M] and the gradients of their sum by q, k, scale and bias.
 
-    first=-1: no row has a pair. Pairs of other rows and columns with equal ids are left out.
-    Gradients are of scale's type, and empty where ``needs`` does not ask for them.
+    first=-1, or N with ids [N + M]: no row has a pair. Other rows and columns with equal ids are
+    left out. Gradients are of scale's type, and empty where ``needs`` does not ask for them.
     """
     need_q, need_k, need_scale, need_bias = needs
     dtype, nothing = scale.dtype, scale.new_empty(0)
@@ -57,7 +57,7 @@ def sigmoid_fwd(
             pairs = y.diagonal(pair_offset) if -len(rows) < pair_offset < len(cols) else y[0, :0]
             paired = pairs.clone()
             if ids is not None:
-                hidden = ids[first + i :][: len(rows), None] == ids[j : j + size]
+                hidden = ids[first + i :][: len(rows), None] == ids[j : j + len(cols)]
                 y.masked_fill_(hidden, -torch.inf)
                 pairs.copy_(paired)
 

@@ -154,8 +154,10 @@ def similarity_lse_bwd(
     rows = _blocks([q], q_rnorm, scale, row_ids, [dq])
     cols = _blocks([k], k_rnorm, scale, col_ids, [dk])
     gain = _gain(dlse)
-    share = _Share.of(_Sums(top, total), dlse, gain)
-    _add_gradients(rows, cols, share, None, _unshifted(scale, q, k, normalize))
+    unshifted = _unshifted(scale, q, k, normalize)
+    if unshifted:  # top may be that of more columns, if these are some of a ring's
+        top, total = torch.zeros_like(top), total * top.exp()
+    _add_gradients(rows, cols, _Share.of(_Sums(top, total), dlse, gain), None, unshifted)
     dscale = _through_scaling(rows, scale, gain, normalize)
     _through_scaling(cols, scale, gain, normalize)
     return _as_asked((dq, dk, dscale), (q, k, top), needs)

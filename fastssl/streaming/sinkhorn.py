@@ -11,10 +11,13 @@ taken once, and an iteration is two products with it: with exp(g) for the sums o
 for those over b. All terms are positive, so no digit is lost. Wider scores stay in the log domain
 and take their exponentials anew in every sweep. Either way a block of rows is in a core's cache
 while it gives its samples' f and its share of the next g.
+
+Where samples are spread over ranks, sums over b are of all of them. They are in the log domain, so
+that no rank has to know how wide the scores of another are.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -23,10 +26,22 @@ BLOCK = 2**18  # numbers of a block of rows
 RANGE = 60.0  # potentials spread no wider than x: exp(RANGE) and its inverse are float32 numbers
 
 
-def sinkhorn_fwd(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
-    """Return the codes [B, K] in scores' type."""
-    codes = _scaled(scores, epsilon, iterations)
-    return _log_domain(scores, epsilon, iterations) if codes is None else codes
+def sinkhorn_fwd(
+    scores: Tensor,
+    epsilon: float,
+    iterations: int,
+    samples: int = 0,
+    reduce: Callable[[Tensor, str], None] | None = None,
+) -> Tensor:
+    """Return the codes [B, K] in scores' type.
+
+    Of ``samples`` on all ranks, ``reduce`` puts the ``"sum"`` or ``"max"`` over ranks in place of
+    a tensor.
+    """
+    codes = None if reduce else _scaled(scores, epsilon, iterations)
+    if codes is None:
+        return _log_domain(scores, epsilon, iterations, samples or len(scores), reduce)
+    return codes
 
 
 def _scaled(scores: Tensor, epsilon: float, iterations: int) -> Tensor | None:
@@ -69,25 +84,35 @@ def _scaled(scores: Tensor, epsilon: float, iterations: int) -> Tensor | None:
     return codes.to(scores.dtype)
 
 
-def _log_domain(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
+def _log_domain(
+    scores: Tensor,
+    epsilon: float,
+    iterations: int,
+    samples: int,
+    reduce: Callable[[Tensor, str], None] | None,
+) -> Tensor:
     """Return the codes, whatever the scores.
 
     g is kept as -top, a column's largest x, and the rest. x - top, rounded at most once, is a small
     number where codes are not nothing; so are f and what the rest grows by, which both come from
     sums over x + g and not over x.
     """
-    (B, K), dtype = scores.shape, torch.promote_types(scores.dtype, torch.float32)
+    K, dtype = scores.shape[1], torch.promote_types(scores.dtype, torch.float32)
     total = torch.zeros(K, dtype=dtype, device=scores.device)
     top = torch.full_like(total, -torch.inf)
     for rows in _blocks(scores):
         _merge(top, total, scores[rows].to(dtype) / epsilon)
+    if reduce:
+        here = top.clone()
+        reduce(top, "max")
+        reduce(total.mul_((here - top).exp_()), "sum")
     codes = torch.empty_like(scores, memory_format=torch.contiguous_format)
     if not iterations:
         largest = top.max()
         everything = (total * (top - largest).exp()).sum().log()
         for rows in _blocks(scores):
             x = scores[rows].to(dtype) / epsilon
-            codes[rows] = x.sub_(largest).sub_(everything).exp_().mul_(B)
+            codes[rows] = x.sub_(largest).sub_(everything).exp_().mul_(samples)
         return codes
     rest = -(total.log() + math.log(K))
     for t in range(iterations):
@@ -96,9 +121,14 @@ def _log_domain(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
             x = (scores[rows].to(dtype) / epsilon).sub_(top).add_(rest)
             x -= torch.logsumexp(x, dim=1, keepdim=True)
             if t + 1 < iterations:
-                _merge(above, total, x.sub_(math.log(B)))
+                _merge(above, total, x.sub_(math.log(samples)))
             else:
                 codes[rows] = x.exp_()
+        if t + 1 < iterations and reduce:
+            # A column's code in one of the rows is at least 1 / (K samples): no maximum is needed.
+            reduce(total.mul_(above.exp_()), "sum")
+            total.clamp_(min=torch.finfo(dtype).tiny)  # of scores that dtype cannot tell apart
+            above.zero_()
         rest = rest - (above + total.log() + math.log(K))
     return codes
 

@@ -4,16 +4,18 @@ Both follow from (seed, epoch, index) alone: neither the number of workers nor w
 resumed changes them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from torchvision.transforms import v2
 
 from fastssl.trainer.data import Item
+from fastssl.trainer.methods.base import GREY
+from fastssl.trainer.networks import SMALL
 
 Key = tuple[int, int]  # epoch, index
 
@@ -46,7 +48,7 @@ def default(dataset: str, size: int, scale: tuple[float, float] | None = None) -
             colour images and (1, 1), which does not crop, for digit-like ones if None.
     """
     blur = v2.GaussianBlur(size // 20 * 2 + 3, sigma=(0.1, 2.0))
-    if dataset in ("digits", "mnist", "fashion-mnist"):
+    if dataset in GREY:
         bilinear = v2.InterpolationMode.BILINEAR
         steps = [
             v2.RandomAffine(20, (0.1, 0.1), (0.75, 1.2), shear=15, interpolation=bilinear),
@@ -62,11 +64,115 @@ def default(dataset: str, size: int, scale: tuple[float, float] | None = None) -
         [
             v2.RandomResizedCrop(size, scale=scale or (0.2, 1.0), antialias=True),
             v2.RandomHorizontalFlip(),
-            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-            v2.RandomGrayscale(0.2),
+            *_colours(),
             v2.RandomApply([blur], p=0.5),
         ]
     )
+
+
+def _colours() -> list[v2.Transform]:
+    """SimCLR's distortion of colours, at half its strength."""
+    jitter = v2.ColorJitter(0.4, 0.4, 0.4, 0.1)
+    return [v2.RandomApply([jitter], p=0.8), v2.RandomGrayscale(0.2)]
+
+
+def byol(size: int) -> list[v2.Transform]:
+    """The two views of a colour image in BYOL, which differ (Grill et al. 2020, appendix B).
+
+    Barlow Twins and VICReg take the same two on ImageNet.
+
+    Args:
+        size: Side of a view; the blur's kernel is a tenth of it.
+    """
+    jitter = v2.ColorJitter(0.4, 0.4, 0.2, 0.1)  # the four in random order
+    blur = v2.GaussianBlur(size // 10 | 1, sigma=(0.1, 2.0))
+    bicubic = v2.InterpolationMode.BICUBIC
+    return [
+        v2.Compose(
+            [
+                v2.RandomResizedCrop(size, (0.08, 1.0), (3 / 4, 4 / 3), bicubic, antialias=True),
+                v2.RandomHorizontalFlip(),
+                v2.RandomApply([jitter], p=0.8),
+                v2.RandomGrayscale(0.2),
+                v2.RandomApply([blur], p=blurred),
+                v2.RandomSolarize(128, p=solarised),
+            ]
+        )
+        for blurred, solarised in ((1.0, 0.0), (0.1, 0.2))
+    ]
+
+
+def patches(dataset: str, size: int, *, patch: float = 64 / 85, gap: float = 0.0) -> v2.Transform:
+    """Nine patches of a random view: uint8 [C, H, W] -> uint8 [9, C, p, p], p = 64 if size is 224.
+
+    As in PIRL the view shows at least 0.6 of a colour image, and each patch has colours of its own.
+    Of a small image the view is twice as large, so that a patch is no mere dot.
+
+    Args:
+        dataset: Name of the data set.
+        size: Side of the images.
+        patch: Side of a patch, as a share of its cell, a third of the view.
+        gap: Least distance between two patches, likewise.
+    """
+    side = 2 * size if size <= SMALL else size * 255 // 224
+    pixels, between = (round(share * (side // 3)) for share in (patch, gap))
+    if dataset in GREY:
+        return v2.Compose([default(dataset, size), Patches(side, pixels, gap=between)])
+    crop = v2.RandomResizedCrop(side, scale=(0.6, 1.0), antialias=True)
+    cut = Patches(side, pixels, gap=between, each=v2.Compose(_colours()))
+    return v2.Compose([crop, v2.RandomHorizontalFlip(), cut])
+
+
+class Patches(nn.Module):
+    """The nine patches of an image, row by row: uint8 [C, H, W] -> uint8 [9, C, patch, patch].
+
+    The image is resized to a square of 3 x 3 cells. Each patch lies somewhere in its own cell, no
+    closer than ``gap`` to the next one.
+
+    Args:
+        size: Side of the square.
+        patch: Side of a patch.
+        gap: Least number of pixels between two patches.
+        each: A transform for each patch by itself.
+
+    Raises:
+        ValueError: A patch and the gap do not fit into a cell.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        patch: int,
+        *,
+        gap: int = 0,
+        each: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.size, self.patch, self.gap, self.each = size, patch, gap, each
+        self.room = size // 3 - patch - gap
+        if self.room < 0:
+            raise ValueError(
+                f"patch and gap must fit into a cell of {size // 3} pixels, got {patch} and {gap}"
+            )
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Cut the patches out."""
+        image = v2.functional.resize(image, [self.size, self.size], antialias=True)
+        cells = torch.cartesian_prod(*[torch.arange(3) * (self.size // 3)] * 2)
+        corners = cells + self.gap // 2 + torch.randint(self.room + 1, cells.shape)
+        patches = [image[:, y : y + self.patch, x : x + self.patch] for y, x in corners.tolist()]
+        return torch.stack([self.each(patch) for patch in patches] if self.each else patches)
+
+
+class Originals(Dataset[tuple[list[Tensor], Key, int]]):
+    """(The images of an item as they are, key, label) by key, for `Views.of` to go on with."""
+
+    def __init__(self, images: Dataset[Item]) -> None:
+        self.images = images
+
+    def __getitem__(self, key: Key) -> tuple[list[Tensor], Key, int]:
+        image, label = self.images[key[1]]
+        return [image] if isinstance(image, Tensor) else list(image), key, label
 
 
 class Views(Dataset[tuple[list[Tensor], int, int]]):
@@ -79,28 +185,40 @@ class Views(Dataset[tuple[list[Tensor], int, int]]):
     def __init__(
         self, images: Dataset[Item], transforms: Sequence[v2.Transform], seed: int
     ) -> None:
-        self.images, self.transforms, self.seed = images, transforms, seed
+        self.originals, self.transforms, self.seed = Originals(images), transforms, seed
 
     def __getitem__(self, key: Key) -> tuple[list[Tensor], int, int]:
-        image, label = self.images[key[1]]
-        images = [image] if isinstance(image, Tensor) else image
+        images, _, label = self.originals[key]
+        return self.of(images, key), key[1], label
+
+    def of(self, images: list[Tensor], key: Key) -> list[Tensor]:
+        """The views of the images of one item."""
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(mix(self.seed, *key))
-            views = [
+            return [
                 transform(images[i % len(images)]) for i, transform in enumerate(self.transforms)
             ]
-        return views, key[1], label
 
 
 class Batches(Sampler[list[Key]]):
-    """The batches of every step from ``start`` to ``stop``.
+    """The batches of every step from ``start`` to ``stop``, or the share of one of several ranks.
 
     Each epoch is a new order of the images, less those that do not fill a batch.
     """
 
-    def __init__(self, images: int, batch_size: int, seed: int, start: int, stop: int) -> None:
+    def __init__(
+        self,
+        images: int,
+        batch_size: int,
+        seed: int,
+        start: int,
+        stop: int,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
         self.images, self.batch_size, self.seed = images, batch_size, seed
         self.start, self.stop = start, stop
+        self.share = slice(rank * batch_size // ranks, (rank + 1) * batch_size // ranks)
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -113,7 +231,7 @@ class Batches(Sampler[list[Key]]):
                 generator = torch.Generator().manual_seed(mix(self.seed, epoch))
                 order = torch.randperm(self.images, generator=generator).tolist()
             indices = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            yield [(epoch, index) for index in indices]
+            yield [(epoch, index) for index in indices[self.share]]
 
 
 def mix(*numbers: int) -> int:

@@ -13,6 +13,7 @@ import yaml
 
 from fastssl.ops.backend import BACKENDS
 from fastssl.trainer.methods import METHODS
+from fastssl.trainer.methods.base import GREY
 from fastssl.trainer.networks import BACKBONES, HEAD_NORMS
 
 PRESETS = Path(__file__).parent / "presets"
@@ -31,8 +32,9 @@ OPTIMIZERS = {"adamw": (1e-3, 1e-4), "sgd": (0.06, 5e-4), "lars": (0.3, 1e-6)}
 # Each is taken by some methods, those that have a default for it.
 METHOD_OPTIONS = (
     *("temperature", "lambda_param", "mu_param", "nu_param", "epsilon", "prototypes"),
-    *("freeze_epochs", "queue_length", "queue_start"),
+    *("freeze_epochs", "queue_length", "queue_start", "negatives", "momentum"),
     *("local_crops", "local_size", "local_scale_min", "local_scale_max", "global_scale_min"),
+    *("projection_hidden", "projection_dim", "prediction_hidden", "permutations", "augmentation"),
 )
 
 
@@ -56,14 +58,23 @@ class Config:
     dataset: str = _option("digits", "what to pretrain on", RECIPES)
     data_dir: str = _option("data", "where data sets are kept, or the image folder itself")
     image_size: int = _option(None, "side of a folder's images (default 224)", least=8)
+    damaged: str = _option(
+        "refuse",
+        "a folder's images that cannot be read: stop at the first, or look for them at the start "
+        "and leave them out",
+        ("refuse", "skip"),
+    )
     backbone: str = _option(None, "network to pretrain (default by data set)", BACKBONES)
     epochs: int = _option(None, "passes over the images (default by data set)", least=1)
     batch_size: int = _option(None, "images per step (default by data set)", least=2)
     temperature: float = _option(
-        None, "temperature of the loss of simclr (default 0.5) and swav (0.1)"
+        None, "temperature of a contrastive loss and of swav's (default by method and data set)"
     )
     lambda_param: float = _option(
-        None, "weight of barlow's redundancy (default 5e-3), of vicreg's invariance (25)", least=0
+        None,
+        "weight of barlow's redundancy (default 5e-3), of vicreg's invariance (25), of pirl's "
+        "patches (0.5)",
+        least=0,
     )
     mu_param: float = _option(None, "weight of vicreg's variance (default 25)", least=0)
     nu_param: float = _option(None, "weight of vicreg's covariance (default 1)", least=0)
@@ -73,7 +84,20 @@ class Config:
         None, "epochs in which swav's prototypes stay as they are (default 1)", least=0
     )
     queue_length: int = _option(
-        None, "earlier images in swav's assignment, 0 for none (default by data set)", least=0
+        None,
+        "earlier images in swav's assignment, or as moco's negatives, 0 for none (default by data "
+        "set)",
+        least=0,
+    )
+    negatives: int = _option(
+        None,
+        "rows of the memory bank that are negatives in a step, 0 for all (default by data set)",
+        least=0,
+    )
+    momentum: float = _option(
+        None,
+        "what moco's key encoder, byol's target (at first) or a row of a memory bank keeps in a "
+        "step (default by method and data set)",
     )
     queue_start: int = _option(None, "epochs before swav's queue is used (default 15)", least=0)
     local_crops: int = _option(
@@ -93,6 +117,18 @@ class Config:
     projection_dim: int = _option(
         None, "width of the embeddings the loss sees (default by method)", least=1
     )
+    prediction_hidden: int = _option(
+        None, "hidden width of the predictor of byol and simsiam (default by data set)", least=1
+    )
+    permutations: int = _option(
+        None, "orders of jigsaw's nine patches to tell apart (default by data set)", least=2
+    )
+    augmentation: str = _option(
+        None,
+        "the data set's views, or for colour images the two of byol (default by method and data "
+        "set)",
+        ("default", "byol"),
+    )
     head_norm: str = _option("batch", "normalisation in the projection head", HEAD_NORMS)
     optimizer: str = _option("adamw", "optimiser", OPTIMIZERS)
     lr: float = _option(None, "peak learning rate (default by optimiser and batch)", least=0)
@@ -108,6 +144,13 @@ class Config:
     workers: int = _option(
         None, "processes that make views, 0 for none (default by number of cores)", least=0
     )
+    augment_on: str = _option(
+        "workers",
+        "where views are made: by the workers, or image by image on the device, which pays where "
+        "cores are few",
+        ("workers", "device"),
+    )
+    compile: bool = _option(False, "compile the networks and the loss with torch.compile")
     device: str = _option("auto", "auto, cpu, cuda, cuda:1, mps ...")
     backend: str = _option("auto", "what runs the loss", BACKENDS)
     knn_every: int = _option(
@@ -131,6 +174,22 @@ class Config:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be a finite number above 0, got {value}")
+        if self.momentum is not None and not 0 <= self.momentum <= 1:
+            raise ValueError(f"momentum must be from 0 to 1, got {self.momentum}")
+        if self.method == "pirl" and (self.lambda_param or 0) > 1:
+            raise ValueError(
+                f"lambda_param must be at most 1 with method 'pirl', got {self.lambda_param}"
+            )
+        if (self.permutations or 0) > math.factorial(9):
+            raise ValueError(
+                f"permutations must be at most {math.factorial(9)}, all of nine patches, "
+                f"got {self.permutations}"
+            )
+        if self.augmentation == "byol" and self.dataset in GREY:
+            raise ValueError(
+                f"augmentation 'byol' is for colour images only, got it with dataset "
+                f"{self.dataset!r}"
+            )
         for name in ("local_scale_min", "local_scale_max", "global_scale_min"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
@@ -140,11 +199,13 @@ class Config:
                 f"local_scale_min must be at most local_scale_max ({self.local_scale_max}), "
                 f"got {self.local_scale_min}"
             )
-        if self.image_size is not None and self.dataset != "folder":
-            raise ValueError(
-                f"image_size is for dataset 'folder' only, got {self.image_size} "
-                f"with dataset {self.dataset!r}"
-            )
+        for name, default in (("image_size", None), ("damaged", "refuse")):
+            value = getattr(self, name)
+            if value != default and self.dataset != "folder":
+                raise ValueError(
+                    f"{name} is for dataset 'folder' only, got {value} with dataset "
+                    f"{self.dataset!r}"
+                )
         epochs = self.epochs or self._recipe()["epochs"]
         if self.warmup_epochs is not None and self.warmup_epochs >= epochs:
             raise ValueError(
@@ -160,7 +221,10 @@ class Config:
     def resolved(self) -> "Config":
         """A copy in which every default that depends on another option is filled in."""
         given = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
-        full = {**self._recipe(), **given}
+        recipe = self._recipe()
+        if self.optimizer != "adamw":
+            recipe.pop("lr", None)  # those of recipes are AdamW's
+        full = {**recipe, **given}
         lr, weight_decay = OPTIMIZERS[self.optimizer]
         if self.optimizer == "adamw":
             lr *= 5 if full["backbone"] == "cnn" else 1  # a small network takes large steps
@@ -225,8 +289,8 @@ def _checked(option: "dataclasses.Field[Any]", kind: Any, value: Any) -> Any:
             value = float(value)
     if isinstance(value, Path):
         value = str(value)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        words = {int: "a whole number", float: "a number", str: "a string"}
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        words = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
         raise ValueError(f"{option.name} must be {words[kind]}, got {value!r}")
     choices, least = option.metadata["choices"], option.metadata["least"]
     if choices and value not in choices:

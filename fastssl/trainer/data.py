@@ -1,11 +1,14 @@
 """The data sets: every one as uint8 images and whole-number labels."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import datasets
@@ -23,6 +26,7 @@ STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "stl10": ((0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713)),
     "folder": ((0.4850, 0.4560, 0.4060), (0.2290, 0.2240, 0.2250)),  # ImageNet's
 }
+ENDINGS: tuple[str, ...] = datasets.folder.IMG_EXTENSIONS
 
 
 class Images(Dataset[Item]):
@@ -51,7 +55,7 @@ class Files(Dataset[Item]):
     def __getitem__(self, index: int) -> Item:
         try:
             image = datasets.folder.default_loader(self.paths[index])
-        except OSError as error:
+        except Exception as error:  # Pillow raises almost anything, by the file's format
             raise ValueError(f"{self.paths[index]} cannot be read as an image ({error})") from None
         image = v2.functional.pil_to_tensor(image)
         return (self.resize(image) if self.resize else image), self.labels[index]
@@ -64,7 +68,9 @@ class Data:
     Attributes:
         name: Its name.
         pretrain: What to pretrain on. Items are (uint8 [C, H, W], label), like those of the other
-            two; the labels are not used, and -1 where there are none.
+            two; the labels are not used, and -1 where there are none. Instead of one image an item
+            may have a tuple of them that show the same thing: a method's views take turns with
+            them, the first view with the first image.
         train: The labelled training split; None if the data set has no labels.
         test: The labelled test split; None if the data set has no labels.
         classes: The names of the labels.
@@ -90,13 +96,23 @@ class Data:
         return (images / 255 - mean[:, None, None]) / std[:, None, None]
 
 
-def load(name: str, data_dir: str | Path = "data", image_size: int | None = None) -> Data:
+def load(
+    name: str,
+    data_dir: str | Path = "data",
+    image_size: int | None = None,
+    damaged: str = "refuse",
+) -> Data:
     """Load a data set, downloading it into data_dir if it is not there.
 
     Args:
         name: digits, mnist, fashion-mnist, cifar10, cifar100, stl10 or folder.
         data_dir: Where data sets are kept; with folder, the image folder itself.
         image_size: Side of a folder's images, 224 if None.
+        damaged: What becomes of a folder's images that cannot be read. "refuse": nothing is looked
+            at in advance, and the first one that is asked for raises a ValueError that names it.
+            "skip": all files are read once now, on every core, and those that cannot be decoded to
+            their end are named and left out. Either way wrong pixels that the format's decoder
+            accepts go unnoticed: a JPEG has no checksum.
 
     Returns:
         The Data.
@@ -108,7 +124,7 @@ def load(name: str, data_dir: str | Path = "data", image_size: int | None = None
     if name not in STATISTICS:
         raise ValueError(f"dataset must be one of {', '.join(STATISTICS)}, got {name!r}")
     if name == "folder":
-        splits = _folder(Path(data_dir), image_size or 224)
+        splits = _folder(Path(data_dir), image_size or 224, skip=damaged == "skip")
     elif name == "digits":
         splits = _digits()
     else:
@@ -196,8 +212,8 @@ def _images(images: Any, labels: Any) -> Images:
     return Images(images, labels)
 
 
-def _folder(root: Path, size: int) -> Splits:
-    """An image folder.
+def _folder(root: Path, size: int, *, skip: bool) -> Splits:
+    """An image folder, without its damaged images if they are to be skipped.
 
     ``root/train/CLASS`` and ``root/test/CLASS`` (or ``val``) are taken as they are; of
     ``root/CLASS`` every fifth image is the test split; anything else is images without labels.
@@ -206,25 +222,29 @@ def _folder(root: Path, size: int) -> Splits:
         raise ValueError(
             f"data_dir must be a folder of images for dataset 'folder', found no {root}"
         )
+    paths = []
+    for name, folders, files in os.walk(root, followlinks=True):  # a class may lie elsewhere
+        here = Path(name)
+        folders[:] = [f for f in folders if not here.resolve().is_relative_to((here / f).resolve())]
+        paths += [here / file for file in files if Path(file).suffix.lower() in ENDINGS]
+    paths.sort()
+    if skip:
+        paths = _whole(paths)
+    if not paths:
+        raise ValueError(f"data_dir: no images in {root} (looked for {', '.join(ENDINGS)})")
     held_out = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
     if (root / "train").is_dir() and held_out:
-        train, classes = _labelled(root / "train")
-        test, test_classes = _labelled(held_out)
+        train, classes = _labelled(root / "train", paths)
+        test, test_classes = _labelled(held_out, paths)
         if classes != test_classes or not train or not test:
             raise ValueError(
                 f"data_dir: {root / 'train'} and {held_out} must hold images of the same classes, "
                 f"got {classes} and {test_classes}"
             )
     else:
-        found, classes = _labelled(root)
+        found, classes = _labelled(root, paths)
         if len(classes) < 2:
-            paths = sorted(str(path) for path in root.rglob("*") if _is_image(path))
-            if not paths:
-                raise ValueError(
-                    f"data_dir: no images in {root} "
-                    f"(looked for {', '.join(datasets.folder.IMG_EXTENSIONS)})"
-                )
-            return Files(paths, [-1] * len(paths), None), None, None, (), size
+            return Files([str(p) for p in paths], [-1] * len(paths), None), None, None, (), size
         train, test = [], []
         for label in range(len(classes)):
             of_class = [item for item in found if item[1] == label]
@@ -237,13 +257,33 @@ def _folder(root: Path, size: int) -> Splits:
     return splits[0], splits[1], splits[2], classes, size
 
 
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in datasets.folder.IMG_EXTENSIONS and path.is_file()
+def _labelled(root: Path, paths: list[Path]) -> tuple[list[tuple[str, int]], list[str]]:
+    """Those of the images that lie in a folder of root, with its number, and the folders' names."""
+    found = [(path, path.relative_to(root).parts) for path in paths if path.is_relative_to(root)]
+    inside = [(str(path), parts[0]) for path, parts in found if len(parts) > 1]
+    numbers = {name: i for i, name in enumerate(sorted({name for _, name in inside}))}
+    return [(path, numbers[name]) for path, name in inside], list(numbers)
 
 
-def _labelled(root: Path) -> tuple[list[tuple[str, int]], list[str]]:
-    """The images under each folder of root, with their folder's number, and the folders' names."""
-    folders = sorted(path for path in root.iterdir() if path.is_dir())
-    groups = {folder.name: sorted(filter(_is_image, folder.rglob("*"))) for folder in folders}
-    groups = {name: paths for name, paths in groups.items() if paths}
-    return [(str(p), i) for i, paths in enumerate(groups.values()) for p in paths], list(groups)
+def _whole(paths: list[Path]) -> list[Path]:
+    """The images that can be decoded to their end; the others are printed with the reason."""
+
+    def damage(path: Path) -> str:
+        try:
+            with Image.open(path) as image:
+                # A header alone does not tell that a file was cut off. All of a JPEG is read, but
+                # most of the arithmetic is left out where an eighth of the size will do.
+                image.draft(image.mode, (1, 1))
+                image.load()
+        except Exception as error:  # Pillow raises almost anything, by the file's format
+            return str(error) or type(error).__name__
+        return ""
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = list(zip(paths, pool.map(damage, paths), strict=True))
+    damaged = [(path, reason) for path, reason in found if reason]
+    if damaged:
+        print(f"{len(damaged)} of {len(paths)} images are damaged and left out:")
+    for path, reason in damaged:
+        print(f"  {path} ({reason})")
+    return [path for path, reason in found if not reason]

@@ -4,7 +4,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from fastssl.trainer import checkpoint, data, networks
 from fastssl.trainer.config import Config, read_options
@@ -54,6 +54,11 @@ def embedding_statistics(z0: Tensor, z1: Tensor) -> dict[str, float]:
         "alignment": (z0 - z1).square().sum(dim=1).mean().item(),
         "uniformity": torch.stack(potentials).mean().item(),
     }
+
+
+def collapsed(embedding_std: float, effective_rank: float) -> bool:
+    """Whether these two of the `embedding_statistics` show a collapse."""
+    return embedding_std <= 0.3 or effective_rank <= 3
 
 
 @contextmanager
@@ -171,16 +176,39 @@ def draw_labels(labels: Tensor, count: int, seed: int) -> Tensor:
     return order[(round_ * classes + turn).argsort()[:count]]
 
 
+def label_count(asked: str | int, images: int) -> int:
+    """How many of ``images`` labels are asked for: a number, or a share such as ``1%``."""
+    text = str(asked)
+    try:
+        share = text.endswith("%")
+        count = round(images * float(text[:-1]) / 100) if share else int(text)
+    except (OverflowError, ValueError):
+        raise ValueError(
+            f"labels must be numbers or shares such as 200 or 1%, got {text!r}"
+        ) from None
+    if not 2 <= count <= images:
+        raise ValueError(
+            f"labels must be 2 to {images}, the number of labelled images, got {text!r}"
+            + (f", which is {count}" if share else "")
+        )
+    return count
+
+
 def train_on_few(
-    backbone: Any, images: Tensor, labels: Tensor, classes: int, *, seed: int
+    backbone: Any,
+    labelled: Any,
+    *,
+    data: Data,
+    device: torch.device | str,
+    seed: int,
 ) -> nn.Sequential:
     """Train a backbone with a new linear classifier by ``FEW_LABELS``, without augmentation.
 
     Args:
-        backbone: Where to start from; it is trained in place.
-        images: Normalised, [N, C, H, W], on the backbone's device.
-        labels: Their classes [N].
-        classes: How many classes there are.
+        backbone: Where to start from, on ``device``; it is trained in place.
+        labelled: The labelled images, a data set.
+        data: Knows how to normalise them and how many classes there are.
+        device: Where the backbone is.
         seed: Of the classifier and of the batches.
 
     Returns:
@@ -189,10 +217,10 @@ def train_on_few(
     recipe = FEW_LABELS
     steps, batch_size = int(recipe["steps"]), int(recipe["batch_size"])
     generator = torch.Generator().manual_seed(seed)
-    head = nn.Linear(backbone.out_features, classes)
+    head = nn.Linear(backbone.out_features, len(data.classes))
     nn.init.normal_(head.weight, std=0.01, generator=generator)
     nn.init.zeros_(head.bias)
-    network = nn.Sequential(backbone, head.to(images.device)).train()
+    network = nn.Sequential(backbone, head.to(device)).train()
     groups = [
         {"params": list(backbone.parameters()), "lr": recipe["lr"]},
         {"params": list(head.parameters()), "lr": recipe["head_lr"]},
@@ -200,8 +228,10 @@ def train_on_few(
     optimizer = torch.optim.AdamW(groups, weight_decay=recipe["weight_decay"])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
-        batch = torch.randperm(len(images), generator=generator)[:batch_size].to(images.device)
-        loss = F.cross_entropy(network(images[batch]), labels[batch])
+        batch = torch.randperm(len(labelled), generator=generator)[:batch_size]
+        images, labels = default_collate([labelled[i] for i in batch.tolist()])
+        logits = network(data.normalize(images.to(device)))
+        loss = F.cross_entropy(logits, labels.to(device))
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         optimizer.step()
@@ -220,7 +250,7 @@ def run_config(run: Path) -> Config:
 
 def load_data(config: Config) -> Data:
     """The data set of a run."""
-    return data.load(config.dataset, config.data_dir, config.image_size)
+    return data.load(config.dataset, config.data_dir, config.image_size, config.damaged)
 
 
 def device_for(config: Config) -> torch.device:
@@ -229,95 +259,115 @@ def device_for(config: Config) -> torch.device:
     return accelerator if accelerator and config.device != "cpu" else torch.device("cpu")
 
 
-def evaluate_run(run: Path) -> dict[str, Any]:
+def untrained(architecture: str, images: Data, seed: int, device: torch.device | str) -> Any:
+    """A backbone as the pretraining with that seed found it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return networks.build_backbone(architecture, images.channels, images.size).to(device)
+
+
+def accuracy(network: nn.Module, images: Data, device: torch.device | str) -> float:
+    """Share of the test images that a classifier gets right."""
+    logits, labels = extract(network, images.test, data=images, device=device)
+    return (logits.argmax(dim=1) == labels).double().mean().item()
+
+
+def evaluate_run(
+    run: Path, *, labels: Sequence[str | int] = (), data: Data | None = None
+) -> dict[str, Any]:
     """Evaluate the backbone of a run and write the results to its ``evaluation.json``.
 
     Nearest neighbours and a linear probe see frozen features of the whole training split, those of
-    the pretrained backbone and those of one that is random. Then ``DRAWS`` draws each of
-    ``LABEL_COUNTS`` class-balanced labelled images train four classifiers: the pretrained backbone
-    fine-tuned, the same network from scratch by the very same recipe, and a linear classifier on
-    either frozen backbone.
+    the pretrained backbone and those of one that is random; the linear probe sees every stage of
+    both. Then ``DRAWS`` draws each of a few class-balanced labelled images train four classifiers:
+    the pretrained backbone fine-tuned, the same network from scratch by the very same recipe, and a
+    linear classifier on either frozen backbone.
 
     Args:
         run: The folder that ``pretrain`` wrote.
+        labels: How many labelled images: numbers, or shares of the training split such as "1%".
+            ``LABEL_COUNTS``, as far as there are images, if empty.
+        data: What was given to ``pretrain`` in place of its data set.
 
     Returns:
         What was written: accuracies between 0 and 1; or ``{"skipped": why}`` for a data set without
         labels.
 
     Raises:
-        ValueError: The folder is not a run, or its backbone is missing or damaged.
+        ValueError: The folder is not a run, its backbone is missing or damaged, or labels cannot be
+            that many.
     """
     started = time.perf_counter()
     run = Path(run)
     config = run_config(run)
     device = device_for(config)
     pretrained = networks.load_backbone(run, device)
-    images = load_data(config)
+    images = data or load_data(config)
     if images.train is None:
-        results: dict[str, Any] = {"skipped": f"data set {config.dataset!r} has no labels"}
+        results: dict[str, Any] = {"skipped": f"data set {images.name!r} has no labels"}
         print(f"evaluation skipped: {results['skipped']}")
         _write(run, results)
         return results
 
-    def untrained(seed: int) -> Any:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return networks.build_backbone(
-                pretrained.about["architecture"], images.channels, images.size
-            ).to(device)
+    available = len(images.train)
+    counts = sorted({label_count(asked, available) for asked in labels})
+    if not labels:
+        counts = [count for count in LABEL_COUNTS if count <= available]
+        left_out = ", ".join(str(count) for count in LABEL_COUNTS if count > available)
+        if left_out:
+            print(f"left out {left_out} labels: the training split has {available} images")
 
-    random_backbone = untrained(config.seed)
-    features = {
-        name: (
-            *extract(net, images.train, data=images, device=device),
-            *extract(net, images.test, data=images, device=device),
+    architecture = pretrained.about["architecture"]
+    features: dict[str, Any] = {}
+    of_stages: dict[str, Any] = {}
+    for name, backbone in (
+        ("pretrained", pretrained),
+        ("random", untrained(architecture, images, config.seed, device)),
+    ):
+        every_stage = networks.StageFeatures(backbone)
+        (train_x, train_y), (test_x, test_y) = (
+            extract(every_stage, split, data=images, device=device)
+            for split in (images.train, images.test)
         )
-        for name, net in (("pretrained", pretrained), ("random", random_backbone))
-    }
-    train_y, test_y = features["pretrained"][1], features["pretrained"][3]
+        widths = every_stage.widths
+        parts = (torch.split(x, list(widths.values()), dim=1) for x in (train_x, test_x))
+        of_stages[name] = [(a, train_y, b, test_y) for a, b in zip(*parts, strict=True)]
+        features[name] = of_stages[name][-1]
+
+    stages: list[dict[str, Any]] = [{"name": s, "width": w} for s, w in widths.items()]
+    todo = [(row, i, arm) for i, row in enumerate(stages) for arm in features]
+    for row, i, arm in _progress(todo, "linear probes"):
+        row[arm] = linear_probe(*of_stages[arm][i])
     results = {
-        "train_images": len(train_y),
-        "test_images": len(test_y),
+        "train_images": available,
+        "test_images": len(images.test),
         "classes": len(images.classes),
         "draws": DRAWS,
         "recipe": FEW_LABELS,
         "knn": {name: knn_accuracy(*x) for name, x in features.items()},
-        "linear": {name: linear_probe(*x) for name, x in features.items()},
+        "linear": {name: stages[-1][name] for name in features},
+        "stages": stages,
         "few_labels": [],
     }
 
-    counts = [count for count in LABEL_COUNTS if count <= len(train_y)]
-    if len(counts) < len(LABEL_COUNTS):
-        left_out = ", ".join(str(count) for count in LABEL_COUNTS if count not in counts)
-        print(f"left out {left_out} labels: the training split has {len(train_y)} images")
-
-    def trained(backbone: Any, chosen: Tensor, seed: int) -> float:
-        few = torch.stack([images.train[i][0] for i in chosen.tolist()])
-        network = train_on_few(
-            backbone,
-            images.normalize(few.to(device)),
-            train_y[chosen].to(device),
-            len(images.classes),
-            seed=seed,
-        )
-        logits, _ = extract(network, images.test, data=images, device=device)
-        return (logits.argmax(dim=1) == test_y).double().mean().item()
-
-    todo = [(count, draw) for count in counts for draw in range(DRAWS)]
     scores: dict[int, dict[str, list[float]]] = {count: {} for count in counts}
-    for count, draw in track(todo, "few labels", disable=not sys.stdout.isatty()):
+    draws = [(count, draw) for count in counts for draw in range(DRAWS)]
+    for count, draw in _progress(draws, "few labels"):
         chosen = draw_labels(train_y, count, seed=draw)
-        of_draw = {
-            "fine_tuned": trained(networks.load_backbone(run, device), chosen, draw),
-            "from_scratch": trained(untrained(draw), chosen, draw),
-        }
+        few = Subset(images.train, chosen.tolist())
+        of_draw = {}
+        for name, backbone in (
+            ("fine_tuned", networks.load_backbone(run, device)),
+            ("from_scratch", untrained(architecture, images, draw, device)),
+        ):
+            network = train_on_few(backbone, few, data=images, device=device, seed=draw)
+            of_draw[name] = accuracy(network, images, device)
         for name, (train_x, _, test_x, _) in features.items():
             of_draw[f"{name}_frozen"] = linear_probe(
                 train_x[chosen], train_y[chosen], test_x, test_y
             )
-        for name, accuracy in of_draw.items():
-            scores[count].setdefault(name, []).append(accuracy)
+        for name, found in of_draw.items():
+            scores[count].setdefault(name, []).append(found)
     for count, arms in scores.items():
         results["few_labels"].append(
             {
@@ -337,10 +387,15 @@ def evaluate_run(run: Path) -> dict[str, Any]:
     return results
 
 
+def _progress(todo: list[Any], what: str) -> Iterable[Any]:
+    return track(todo, what, disable=not sys.stdout.isatty())
+
+
 def read_results(run: Path) -> dict[str, Any] | None:
     """What ``evaluate_run`` wrote, or None if the run was not evaluated yet."""
     results = read_json(run / "evaluation.json")
-    if results and "skipped" not in results and not {"knn", "linear", "few_labels"} <= set(results):
+    whole = {"knn", "linear", "stages", "few_labels"}
+    if results and "skipped" not in results and not whole <= set(results):
         raise ValueError(
             f"{run / 'evaluation.json'} is damaged (results are missing); "
             f"fastssl evaluate {run} writes it anew"

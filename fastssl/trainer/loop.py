@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,15 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils._pytree import tree_map
+from torch.utils.data import DataLoader, default_collate
 from torch.utils.tensorboard import SummaryWriter
 
+from fastssl.distributed import gather_rows, world_size
 from fastssl.ops.backend import resolve
-from fastssl.trainer import augment, checkpoint, data, evaluate, networks, optim
+from fastssl.trainer import augment, checkpoint, evaluate, networks, optim, parallel
 from fastssl.trainer.config import Config
+from fastssl.trainer.data import Data, load
 from fastssl.trainer.environment import environment
 from fastssl.trainer.methods import METHODS
 
@@ -48,7 +51,7 @@ class Run:
     history: list[dict[str, Any]]
 
 
-def pretrain(config: Config, *, resume: bool = False) -> Run:
+def pretrain(config: Config, *, resume: bool = False, data: Data | None = None) -> Run:
     """Pretrain a backbone.
 
     The run's folder, ``config.out``, then holds backbone.safetensors, metrics.csv, TensorBoard
@@ -59,6 +62,8 @@ def pretrain(config: Config, *, resume: bool = False) -> Run:
         config: The options.
         resume: Continue the run in ``config.out``, to the result it would have had without the
             interruption; start it if there is none.
+        data: What to pretrain on in place of ``config.dataset``, whose recipe and augmentation are
+            taken. An item of ``data.pretrain`` may be several images that show the same thing.
 
     Returns:
         The Run.
@@ -72,7 +77,12 @@ def pretrain(config: Config, *, resume: bool = False) -> Run:
     Example:
         >>> run = pretrain(Config(epochs=1, out="runs/try"))  # doctest: +SKIP
     """
-    trainer = Trainer(config)
+    with parallel.process_group(_device(config.device)):
+        return _pretrain(config, resume, data)
+
+
+def _pretrain(config: Config, resume: bool, data: Data | None) -> Run:
+    trainer = Trainer(config, data)
     found = checkpoint.latest(trainer.out)
     if found and not resume:
         raise ValueError(
@@ -82,7 +92,7 @@ def pretrain(config: Config, *, resume: bool = False) -> Run:
     if found:
         trainer.restore(checkpoint.load(found))
         if trainer.step == trainer.steps and (trainer.out / "backbone.safetensors").exists():
-            print(f"{trainer.out} is complete ({trainer.config.epochs} epochs)")
+            trainer.say(f"{trainer.out} is complete ({trainer.config.epochs} epochs)")
             return Run(trainer.out, True, trainer.history)
     threads = torch.get_num_threads()
     try:
@@ -94,7 +104,7 @@ def pretrain(config: Config, *, resume: bool = False) -> Run:
 class Trainer:
     """Everything that a run is made of; `step` and what `state` returns change as it goes on."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, data: Data | None = None) -> None:
         self.config = config = config.resolved()
         self.device = _device(config.device)
         try:
@@ -102,7 +112,10 @@ class Trainer:
         except RuntimeError as error:
             raise ValueError(f"backend: {error}") from None
         self.out = _writable(config.out)
-        self.data = data.load(config.dataset, config.data_dir, config.image_size)
+        with parallel.lead_first():  # who downloads what is not there
+            self.data = data or load(
+                config.dataset, config.data_dir, config.image_size, config.damaged
+            )
         method = METHODS[config.method]
         self.images = self.data.train if method.labelled else self.data.pretrain
         if self.images is None:
@@ -114,6 +127,12 @@ class Trainer:
                 f"batch_size must be at most {len(self.images)}, the number of images, "
                 f"got {config.batch_size}"
             )
+        self.rank, self.ranks = parallel.rank(), world_size()
+        if config.batch_size % self.ranks:
+            raise ValueError(
+                f"batch_size must be a multiple of the number of processes, {self.ranks}, got "
+                f"{config.batch_size}"
+            )
         self.per_epoch = len(self.images) // config.batch_size
         self.steps = config.epochs * self.per_epoch
 
@@ -122,13 +141,23 @@ class Trainer:
         self.layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
         self.method = method(self.backbone, config, len(self.images))
         self.method.to(self.device, memory_format=self.layout)
+        if method.whole_batch_norm:
+            parallel.convert_batch_norm(self.method, self.device)
+        if config.compile:
+            self.method.compile()
+        self.network = parallel.wrap(self.method, self.device)
+        self.calls: list[Any] = []  # what the loss was given in this step
+        self.method.loss.register_forward_pre_hook(lambda _, given: self.calls.append(given))
+        self.views = augment.Views(
+            self.images, self.method.views(config, self.data.size), config.seed
+        )
         self.optimizer = optim.build(self.method, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
         # Without an accelerator the workers and the network share the cores. The last bits of a
         # result depend on the number of threads, so a checkpoint remembers it.
         cores = os.cpu_count() or 1
         on_cpu = self.device.type == "cpu"
-        default = min(8, max(1, cores // 2) if on_cpu else cores)
+        default = min(8, max(1, (cores // 2 if on_cpu else cores) // self.ranks))
         self.workers = default if config.workers is None else config.workers
         self.threads = torch.get_num_threads()
         if on_cpu:
@@ -141,30 +170,33 @@ class Trainer:
         """Train to the end or until a signal, from wherever the state stands."""
         config = self.config
         torch.set_num_threads(self.threads)
-        config.save(self.out / "config.yaml")
-        (self.out / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
-        self.writer = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.step)
+        self.writer: Any = nullcontext()
+        if self.rank == 0:  # the lead alone writes
+            config.save(self.out / "config.yaml")
+            (self.out / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+            self.writer = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.step)
         parameters = sum(parameter.numel() for parameter in self.method.parameters())
-        print(
+        processes = f", {self.ranks} processes" if self.ranks > 1 else ""
+        self.say(
             f"{config.method} on {config.dataset}: {len(self.images)} images, "
             f"{config.backbone} and head of {parameters / 1e6:.2f} M parameters, "
-            f"{config.epochs} epochs of {self.per_epoch} steps on {self.device}"
+            f"{config.epochs} epochs of {self.per_epoch} steps on {self.device}{processes}"
         )
         if self.step:
-            print(f"continuing {self.out} at step {self.step} of {self.steps}")
+            self.say(f"continuing {self.out} at step {self.step} of {self.steps}")
         progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[told]}"),
             TimeRemainingColumn(),
-            disable=not sys.stdout.isatty(),
+            disable=not sys.stdout.isatty() or self.rank > 0,
         )
         with _stoppable() as stop, progress, self.writer:
             bar = progress.add_task("starting", total=self.steps, completed=self.step, told="")
             last = time.perf_counter()
-            for batch in self._loader():
-                loss, embeddings = self._train_step(augment.Batch(*batch))
+            for loaded in self._loader():
+                loss, embeddings = self._train_step(loaded)
                 now = time.perf_counter()
                 self.seconds, last = self.seconds + now - last, now
                 done = (self.step - 1) % self.per_epoch + 1
@@ -178,25 +210,43 @@ class Trainer:
                 )
                 if done == self.per_epoch:
                     line = self._end_epoch(epoch, rate, embeddings)
-                    progress.console.print(line, highlight=False, soft_wrap=True)
+                    if self.rank == 0:
+                        progress.console.print(line, highlight=False, soft_wrap=True)
                     last = time.perf_counter()
-                if stop.is_set():
+                # Whoever was told to stop: all stop after the same step.
+                if parallel.mean(torch.tensor(float(stop.is_set()), device=self.device)) > 0:
                     break
         if self.step < self.steps:
-            checkpoint.save(self.out, self.state())
-            print(f"stopped after step {self.step} of {self.steps}; continue with:")
-            print(f"  fastssl pretrain --resume --out {self.out}")
+            self._save()
+            self.say(f"stopped after step {self.step} of {self.steps}; continue with:")
+            self.say(f"  fastssl pretrain --resume --out {self.out}")
             return Run(self.out, False, self.history)
-        networks.export_backbone(
-            self.out / "backbone.safetensors",
-            self.backbone,
-            architecture=config.backbone,
-            channels=self.data.channels,
-            size=self.data.size,
-            mean=self.data.mean,
-            std=self.data.std,
-        )
+        if self.rank == 0:
+            networks.export_backbone(
+                self.out / "backbone.safetensors",
+                self.backbone,
+                architecture=config.backbone,
+                channels=self.data.channels,
+                size=self.data.size,
+                mean=self.data.mean,
+                std=self.data.std,
+            )
         return Run(self.out, True, self.history)
+
+    def say(self, line: str) -> None:
+        """Print a line, in the lead."""
+        if self.rank == 0:
+            print(line)
+
+    def _log(self, name: str, value: float, step: int) -> None:
+        """Write a number to TensorBoard's logs, in the lead."""
+        if self.rank == 0:
+            self.writer.add_scalar(name, value, step)
+
+    def _save(self) -> None:
+        """Write the checkpoint, in the lead: the state is the same in all processes."""
+        if self.rank == 0:
+            checkpoint.save(self.out, self.state())
 
     def state(self) -> dict[str, Any]:
         """All that the rest of the run depends on."""
@@ -234,23 +284,27 @@ class Trainer:
         self.step, self.history = state["step"], state["history"]
         self.loss_sum, self.seconds = state["loss_sum"], state["seconds"]
 
-    def _loader(self) -> DataLoader[tuple[list[torch.Tensor], int, int]]:
+    def _loader(self) -> DataLoader[Any]:
         config = self.config
+        on_device = config.augment_on == "device"
         return DataLoader(
-            augment.Views(
-                self.images,
-                self.method.views(config, self.data.size),
-                config.seed,
-            ),
+            self.views.originals if on_device else self.views,
+            collate_fn=list if on_device else None,
             batch_sampler=augment.Batches(
-                len(self.images), config.batch_size, config.seed, self.step, self.steps
+                len(self.images),
+                config.batch_size,
+                config.seed,
+                self.step,
+                self.steps,
+                self.rank,
+                self.ranks,
             ),
             num_workers=self.workers,
             worker_init_fn=_leave_process_group,
             pin_memory=self.device.type == "cuda",
         )
 
-    def _train_step(self, batch: augment.Batch) -> tuple[float, Any]:
+    def _train_step(self, loaded: Any) -> tuple[float, Any]:
         """One step of the optimiser; what is not finite raises before it reaches the weights."""
         factor = optim.schedule(self.step, self.steps, self.config.warmup_epochs * self.per_epoch)
         for group in self.optimizer.param_groups:
@@ -259,13 +313,16 @@ class Trainer:
         norms = [m for m in self.method.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         buffers = [buffer for norm in norms for buffer in norm.buffers()]
         before = [buffer.clone() for buffer in buffers]
-        batch = self._placed(batch)
-        torch.manual_seed(augment.mix(self.config.seed, self.step))  # whatever a method draws
+        batch = self._placed(loaded)
+        self.calls.clear()
+        torch.manual_seed(augment.mix(self.config.seed, self.step))  # whatever a method draws,
+        if self.rank:  # each process for its own images
+            torch.manual_seed(augment.mix(self.config.seed, self.step, self.rank))
         self.method.train()
         self.method.before_step(self.step, self.per_epoch)
         precision = getattr(torch, self.config.precision)
         with torch.autocast(self.device.type, precision, enabled=precision != torch.float32):
-            loss, embeddings = self.method(batch)
+            loss, embeddings = self.network(batch)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.method.after_backward()
@@ -273,11 +330,11 @@ class Trainer:
         if not self.scaler.is_enabled():  # the scaler itself skips a step whose gradient overflows
             gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
             finite = finite + torch.nn.utils.get_total_norm(gradients)
-        value, finite = torch.stack([loss.detach(), finite]).tolist()
+        value, finite = parallel.mean(torch.stack([loss.detach(), finite])).tolist()
         if not math.isfinite(finite):
             for buffer, kept in zip(buffers, before, strict=True):
                 buffer.copy_(kept)
-            checkpoint.save(self.out, self.state())
+            self._save()
             what = "loss" if not math.isfinite(value) else "gradient"
             raise FloatingPointError(
                 f"the {what} is not finite at step {self.step + 1} "
@@ -290,20 +347,50 @@ class Trainer:
         self.method.after_step(self.step, self.per_epoch)
         self.step += 1
         self.loss_sum += value
-        self.writer.add_scalar("train/loss", value, self.step)
-        self.writer.add_scalar("train/lr", self.optimizer.param_groups[0]["lr"], self.step)
+        self._log("train/loss", value, self.step)
+        self._log("train/lr", self.optimizer.param_groups[0]["lr"], self.step)
         return value, embeddings
 
-    def _placed(self, batch: augment.Batch) -> augment.Batch:
-        """A batch on the device, its views as the networks take them."""
-        views = []
-        for view in batch.views:
+    def _placed(self, loaded: Any) -> augment.Batch:
+        """What the loader gave, on the device, and its views as the networks take them."""
+        if self.config.augment_on == "device":
+            loaded = default_collate(
+                [
+                    (self.views.of([image.to(self.device) for image in images], key), key[1], label)
+                    for images, key, label in loaded
+                ]
+            )
+        views, *rest = loaded
+        ready = []
+        for view in views:
             images = self.data.normalize(view.to(self.device, non_blocking=True))
-            views.append(
+            ready.append(
                 images.contiguous(memory_format=self.layout) if view.dim() == 4 else images
             )
-        index, labels = (x.to(self.device, non_blocking=True) for x in (batch.index, batch.labels))
-        return augment.Batch(views, index, labels)
+        return augment.Batch(ready, *(x.to(self.device, non_blocking=True) for x in rest))
+
+    def _loss_seconds(self) -> float:
+        """What the loss alone took of the last step, forward and backward: measured anew."""
+
+        def alone(x: Any) -> Any:
+            return x.detach().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
+
+        precision = getattr(torch, self.config.precision)
+        taken = []
+        for _ in range(3):
+            calls = tree_map(alone, self.calls.copy())
+            self._synchronize()
+            start = time.perf_counter()
+            with torch.autocast(self.device.type, precision, enabled=precision != torch.float32):
+                loss = sum(self.method.loss(*given).sum() for given in calls)
+            loss.backward()
+            self._synchronize()
+            taken.append(time.perf_counter() - start)
+        return min(taken)
+
+    def _synchronize(self) -> None:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
 
     def _end_epoch(self, epoch: int, rate: float, embeddings: Any) -> str:
         """Measure, log and save; returns the line that says so."""
@@ -313,17 +400,20 @@ class Trainer:
             "lr": self.optimizer.param_groups[0]["lr"],
             "images_per_second": rate,
             "seconds": self.seconds,
+            "loss_share": self._loss_seconds() / (self.seconds / self.per_epoch),
             "knn_accuracy": None,
         }
         every = self.config.knn_every
-        if self.data.train and every and (epoch % every == 0 or epoch == self.config.epochs):
+        due = self.data.train and every and (epoch % every == 0 or epoch == self.config.epochs)
+        if due and self.rank == 0:
             splits = (self.data.train, self.data.test)
             (train_x, train_y), (test_x, test_y) = (
                 evaluate.extract(self.backbone, split, data=self.data, device=self.device)
                 for split in splits
             )
             row["knn_accuracy"] = evaluate.knn_accuracy(train_x, train_y, test_x, test_y)
-        z0, z1 = (z.detach().float() for z in embeddings)
+        row["knn_accuracy"] = parallel.from_lead(row["knn_accuracy"])
+        z0, z1 = (gather_rows(z.detach().float())[0] for z in embeddings)
         measured = self.method.end_epoch()
         row |= evaluate.embedding_statistics(z0, z1) | measured
         self.history.append(row)
@@ -331,18 +421,20 @@ class Trainer:
 
         for name, value in row.items():
             if name != "epoch" and value is not None:
-                self.writer.add_scalar(f"epoch/{name}", value, epoch)
+                self._log(f"epoch/{name}", value, epoch)
         table = io.StringIO()
         lines = csv.DictWriter(table, row)
         lines.writeheader()
         lines.writerows(self.history)
-        checkpoint.write(self.out / "metrics.csv", table.getvalue().encode())
-        checkpoint.save(self.out, self.state())
+        if self.rank == 0:
+            checkpoint.write(self.out / "metrics.csv", table.getvalue().encode())
+        self._save()
         knn = "" if row["knn_accuracy"] is None else f"  kNN {row['knn_accuracy']:.1%}"
         own = "".join(f"{name.replace('_', ' ')} {x:.3g}  " for name, x in measured.items())
         return (
             f"epoch {epoch}/{self.config.epochs}  loss {row['loss']:.4f}{knn}  "
-            f"effective rank {row['effective_rank']:.0f}  {own}{rate:.0f} images/s"
+            f"effective rank {row['effective_rank']:.0f}  {own}{rate:.0f} images/s  "
+            f"loss {row['loss_share']:.1%} of a step"
         )
 
 
@@ -379,9 +471,9 @@ def _device(name: str) -> torch.device:
     """The device of that name, if this machine has it."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto":
-        return accelerator or torch.device("cpu")
+        return parallel.local_device(accelerator or torch.device("cpu"))
     try:
-        device = torch.device(name)
+        device = parallel.local_device(torch.device(name))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         known = f"auto, cpu or {accelerator}" if accelerator else "auto or cpu"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastssl.trainer import checkpoint
 
@@ -33,13 +33,24 @@ class CNN(nn.Sequential):
         super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-HEAD_NORMS = ("batch", "layer", "group")
+HEAD_NORMS = ("batch", "layer", "group", "none")
 
 
 def _norm(name: str, width: int) -> nn.Module:
+    if name == "none":
+        return nn.Identity()
     if name == "batch":
         return nn.BatchNorm1d(width)
     return nn.LayerNorm(width) if name == "layer" else nn.GroupNorm(math.gcd(32, width), width)
+
+
+class LinearHead(nn.Sequential):
+    """A projection head of one layer, whose norm keeps embeddings from leaning to one side."""
+
+    def __init__(self, in_features: int, out_features: int, norm: str) -> None:
+        super().__init__(
+            nn.Linear(in_features, out_features, bias=norm == "none"), _norm(norm, out_features)
+        )
 
 
 class ProjectionHead(nn.Sequential):
@@ -59,7 +70,7 @@ class ProjectionHead(nn.Sequential):
         modules: list[nn.Module] = []
         for width, following in itertools.pairwise(widths):
             modules += [
-                nn.Linear(width, following, bias=False),
+                nn.Linear(width, following, bias=norm == "none"),
                 _norm(norm, following),
                 nn.ReLU(inplace=True),
             ]
@@ -96,6 +107,51 @@ def build_backbone(name: str, channels: int, size: int) -> Any:
     elif channels != 3:
         network.conv1 = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
     return network
+
+
+def stages(backbone: Any) -> dict[str, nn.Module]:
+    """The modules of a backbone after which a probe may look, by name, the first layer first.
+
+    They are the four blocks of the ``cnn``, and the stem and the four layers of a ResNet. Each
+    returns feature maps [B, C, H, W]; the average of the last one over the image is
+    what the backbone returns.
+    """
+    if isinstance(backbone, CNN):
+        ends = [module for module in backbone if isinstance(module, nn.ReLU)]
+        return {f"block{i}": module for i, module in enumerate(ends, 1)}
+    layers = {f"layer{i}": getattr(backbone, f"layer{i}") for i in (1, 2, 3, 4)}
+    return {"stem": backbone.maxpool, **layers}
+
+
+class StageFeatures(nn.Module):
+    """The features of every stage of a backbone, averaged over the image and side by side.
+
+    After a forward pass ``widths`` says how many features each stage has, by its name.
+    """
+
+    widths: dict[str, int]
+
+    def __init__(self, backbone: Any) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [B, C, H, W] -> [B, sum of the widths]."""
+        found: dict[str, Tensor] = {}
+        hooks = [
+            module.register_forward_hook(
+                lambda _, __, out, name=name: found.update({name: out.mean((2, 3))})
+            )
+            for name, module in stages(self.backbone).items()
+        ]
+        try:
+            features = self.backbone(images)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        found[next(reversed(found))] = features  # the backbone's own average
+        self.widths = {name: part.shape[1] for name, part in found.items()}
+        return torch.cat(list(found.values()), dim=1)
 
 
 def export_backbone(

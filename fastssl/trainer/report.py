@@ -6,6 +6,7 @@ import dataclasses
 import io
 import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,12 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import Subset
+from torch.utils.data import Dataset, Subset
+from torchvision.utils import make_grid
 
 from fastssl.trainer import augment, checkpoint, evaluate, networks
 from fastssl.trainer.config import Config
-from fastssl.trainer.data import Data, Files
+from fastssl.trainer.data import Data, Files, Item
 from fastssl.trainer.methods import METHODS
 
 # Petroff 2021 (arXiv:2107.02270): ten colours that people with any colour vision tell apart.
@@ -33,6 +35,21 @@ COLORS: list[str] = [
     *("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6"),
     *("#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd"),
 ]
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#9aa5b1",
+    "axes.labelcolor": "#52606d",
+    "xtick.color": "#52606d",
+    "ytick.color": "#52606d",
+    "text.color": "#1f2933",
+    "axes.grid": True,
+    "grid.color": "#e4e7eb",
+    "axes.axisbelow": True,
+    "lines.linewidth": 2,
+}
 ARMS = {  # in evaluation.json: name, colour, marker
     "fine_tuned": ("pretrained, fine-tuned", COLORS[0], "o"),
     "pretrained_frozen": ("pretrained, frozen", COLORS[4], "D"),
@@ -77,6 +94,8 @@ PROTOTYPES = {
         "The dotted line is perfectly evenly.",
     ),
 }
+# The other columns of metrics.csv: what a method measures beside these is plotted too.
+COMMON = ("epoch", "loss", "lr", "images_per_second", "seconds", "loss_share", "knn_accuracy")
 FILES = {
     "backbone.safetensors": "the pretrained backbone",
     "evaluation.json": "every number of the evaluation",
@@ -89,11 +108,26 @@ FILES = {
 GALLERY, QUERIES = 5000, 1500  # images that are compared, at most
 
 
-def write_report(run: Path) -> Path:
+class _First(Dataset[Item]):
+    """The first image of each item."""
+
+    def __init__(self, items: Any) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Item:
+        images, label = self.items[index]
+        return (images if isinstance(images, Tensor) else images[0]), label
+
+
+def write_report(run: Path, *, data: Data | None = None) -> Path:
     """Draw the report of a run, finished or not.
 
     Args:
         run: The folder that ``pretrain`` wrote.
+        data: What was given to ``pretrain`` in place of its data set.
 
     Returns:
         The path of ``report.html`` in that folder. It holds its pictures and asks for nothing from
@@ -105,9 +139,10 @@ def write_report(run: Path) -> Path:
     run = Path(run)
     config = evaluate.run_config(run)
     history, results = _history(run), evaluate.read_results(run)
-    images = evaluate.load_data(config)
+    images = data or evaluate.load_data(config)
+    method = METHODS[config.method]
     page: dict[str, Any] = {
-        "title": f"{config.method} on {config.dataset}",
+        "title": f"{config.method} on {images.name}",
         "subtitle": f"{config.backbone}, {len(images.pretrain):,} images of {images.size} x "
         f"{images.size} pixels, {len(history)} of {config.epochs} epochs, in {run}",
         "run": run,
@@ -115,6 +150,8 @@ def write_report(run: Path) -> Path:
         "summary": summary(run),
         "tiles": _tiles(history, results),
         "pixels": images.size <= networks.SMALL,
+        "labelled": method.labelled,
+        "method": (sys.modules[method.__module__].__doc__ or "").partition("\n")[0],
         "views": _halves(_view_strips(images, config)),
         "input": f"[B, {images.channels}, {images.size}, {images.size}] -> [B, {_width(run)}]",
         "files": [
@@ -130,7 +167,7 @@ def write_report(run: Path) -> Path:
     if history:
         page |= _training(history, results, config)
     if results and "few_labels" in results:
-        page["few"] = _few_labels(results)
+        page |= {"stages": _stages(results), "few": _few_labels(results)}
     if (run / "backbone.safetensors").exists():
         page |= _embedding(run, images, config)
     template = jinja2.Environment(
@@ -161,12 +198,13 @@ def summary(run: Path) -> str:
             f"The backbone has not been evaluated{why}."
         )
     knn = results["knn"]
+    labels = "From labels" if METHODS[config.method].labelled else "Without a single label"
     first = (
-        f"Without a single label, {len(history)} epochs taught the network features by which "
+        f"{labels}, {len(history)} epochs taught the network features by which "
         f"nearest neighbours classify {knn['pretrained']:.1%} of {results['test_images']:,} unseen "
         f"images, against {knn['random']:.1%} with the same network untrained."
     )
-    rows = [row for row in results["few_labels"] if row["labels"] in (50, 100)]
+    rows = _told(results)
     if not rows:
         return f"{first} A linear classifier on them reaches {results['linear']['pretrained']:.1%}."
     told = [
@@ -175,6 +213,12 @@ def summary(run: Path) -> str:
         for row in rows
     ]
     return f"{first} Fine-tuned, it reaches {' and '.join(told)}."
+
+
+def _told(results: dict[str, Any]) -> list[Any]:
+    """The two numbers of labels that are told in words."""
+    rows = results["few_labels"]
+    return [row for row in rows if row["labels"] in (50, 100)] or rows[:2]
 
 
 def _percent(arm: dict[str, float]) -> str:
@@ -209,11 +253,10 @@ def _tiles(
                 f"linear classifier, all labels (untrained: {linear['random']:.1%})",
             ),
         ]
-        for row in results["few_labels"]:
-            if row["labels"] in (50, 100):
-                scratch = 100 * row["from_scratch"]["mean"]
-                what = f"fine-tuned on {row['labels']} labels (from scratch: {scratch:.1f}%)"
-                tiles.append((f"{row['fine_tuned']['mean']:.1%}", what))
+        for row in _told(results):
+            scratch = 100 * row["from_scratch"]["mean"]
+            what = f"fine-tuned on {row['labels']} labels (from scratch: {scratch:.1f}%)"
+            tiles.append((f"{row['fine_tuned']['mean']:.1%}", what))
     elif history and "knn_accuracy" in history[-1]:
         tiles.append((f"{history[-1]['knn_accuracy']:.1%}", "nearest neighbours, so far"))
     return tiles
@@ -232,23 +275,7 @@ def _size(path: Path) -> str:
 
 def _figure(draw: Callable[[Axes], None], alt: str, height: float = 3.0) -> Markup:
     """An inline SVG, its text left as text, that scales with the page."""
-    style: dict[Any, Any] = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": alt,  # the same ids for the same figure, others for another
-        "font.size": 11,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.edgecolor": "#9aa5b1",
-        "axes.labelcolor": "#52606d",
-        "xtick.color": "#52606d",
-        "ytick.color": "#52606d",
-        "text.color": "#1f2933",
-        "axes.grid": True,
-        "grid.color": "#e4e7eb",
-        "axes.axisbelow": True,
-        "lines.linewidth": 2,
-    }
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": alt}):  # ids of its own, always the same
         figure = Figure(figsize=(5, height), layout="constrained")
         draw(figure.add_subplot())
         text = io.StringIO()
@@ -297,21 +324,24 @@ def _training(
         marks = {}
         if results and "knn" in results:
             marks = {"untrained_network": 100 * results["knn"]["random"]}
-        what = (
-            "Unseen images classified correctly by their nearest training images. "
-            "This looks at labels, training does not."
-        )
+        what = "Unseen images classified correctly by their nearest training images."
+        if not METHODS[config.method].labelled:
+            what += " This looks at labels, training does not."
         curves.append((line("knn_accuracy", "kNN accuracy (%)", 100, **marks), what))
+    last = history[-1]
+    for name in [name for name in last if name not in {*COMMON, *MONITORS, *PROTOTYPES}]:
+        label = name.replace("_", " ")
+        curves.append((line(name, label), f"What {config.method} measures beside its loss."))
+    width = config.projection_dim
     monitors = []
     for name, (label, caption) in MONITORS.items():
-        marks = {"full_width": float(config.projection_dim)} if name == "effective_rank" else {}
+        marks = {"full_width": float(width)} if name == "effective_rank" and width else {}
         monitors.append((line(name, label, **marks), caption))
-    last = history[-1]
     std, rank = last["embedding_std"], last["effective_rank"]
     verdict = (
-        ("It did not:" if std > 0.3 and rank > 3 else "It looks as if it did:")
-        + f" at the end the standard deviation is {std:.2f} and the effective rank {rank:.0f} of "
-        f"{config.projection_dim}."
+        ("It looks as if it did:" if evaluate.collapsed(std, rank) else "It did not:")
+        + f" at the end the standard deviation is {std:.2f} and the effective rank {rank:.0f}"
+        + (f" of {width}." if width else ".")
     )
     page: dict[str, Any] = {"curves": curves, "monitors": monitors, "verdict": verdict}
     if "prototypes_used" in last:
@@ -326,6 +356,35 @@ def _training(
         )
         page["prototypes"] = {"text": text, "figures": figures}
     return page
+
+
+def _stages(results: dict[str, Any]) -> dict[str, Any]:
+    """The plot of accuracy against depth and what it shows."""
+    stages = results["stages"]
+    arms = (("pretrained", COLORS[0], "o"), ("random", COLORS[8], "^"))
+
+    def draw(ax: Axes) -> None:
+        for arm, color, marker in arms:
+            values = [100 * stage[arm] for stage in stages]
+            ax.plot(range(len(stages)), values, label=arm, color=color, marker=marker, ms=6)
+        ax.set_xticks(range(len(stages)), [f"{s['name']}\n{s['width']} wide" for s in stages])
+        ax.set(ylabel="linear probe (%)")
+        ax.margins(y=0.12)
+        ax.legend(frameon=False, fontsize=10)
+
+    told = "; ".join(
+        f"{stage['name']} " + ", ".join(f"{arm} {stage[arm]:.1%}" for arm, _, _ in arms)
+        for stage in stages
+    )
+    best = max(stages, key=lambda stage: stage["pretrained"])
+    gap = max(stages, key=lambda stage: stage["pretrained"] - stage["random"])
+    text = f"The pretrained network's best features are those after {best['name']}"
+    if gap["pretrained"] > gap["random"]:
+        points = 100 * (gap["pretrained"] - gap["random"])
+        text += f"; pretraining adds most after {gap['name']}, {points:.1f} points."
+    else:
+        text += "; after no stage are they better than those of the random network."
+    return {"figure": _figure(draw, f"Accuracy by depth. {told}", 3.2), "text": text}
 
 
 def _few_labels(results: dict[str, Any]) -> dict[str, Any]:
@@ -388,23 +447,32 @@ def _halves(strips: Sequence[Markup]) -> list[Sequence[Markup]]:
 
 
 def _view_strips(images: Data, config: Config, count: int = 8, least: int = 5) -> list[Markup]:
-    """A strip for each of some training images: the image and random views of it."""
+    """A strip for each of some training images: the image and what the method sees of it."""
     transforms = METHODS[config.method].views(config, images.size)
     shown = (transforms * least)[: max(least, len(transforms))]
     dataset = augment.Views(images.pretrain, shown, config.seed)
     generator = torch.Generator().manual_seed(config.seed)
+    first = _First(images.pretrain)
     strips = []
-    for index in torch.randperm(len(images.pretrain), generator=generator)[:count].tolist():
-        original = _image(images.pretrain[index][0], alt="a training image", css="first")
+    for index in torch.randperm(len(first), generator=generator)[:count].tolist():
+        original = _image(first[index][0], alt="a training image", css="first")
         views = dataset[0, index][0]
         sizes = [f"{view.shape[-1]} px" for view in views]
         captions = sizes if len(set(sizes)) > 1 else [""] * len(views)
         pictures = [
-            _image(view, caption, "a random view of it")
+            _image(_grid(view), caption, "a random view of it")
             for view, caption in zip(views, captions, strict=True)
         ]
         strips.append(Markup().join([original, *pictures]))
     return strips
+
+
+def _grid(view: Tensor) -> Tensor:
+    """A view [C, H, W] as it is, patches [P, C, p, p] side by side in a square."""
+    if view.dim() == 3:
+        return view
+    grid = make_grid(view, nrow=math.ceil(len(view) ** 0.5), padding=1, pad_value=255)
+    return grid[: view.shape[1]]  # which made colours of grey patches
 
 
 def _embedding(run: Path, images: Data, config: Config) -> dict[str, Any]:
@@ -413,7 +481,9 @@ def _embedding(run: Path, images: Data, config: Config) -> dict[str, Any]:
     backbone = networks.load_backbone(run, device)
     gallery, queries = images.train, images.test
     if gallery is None:
-        gallery = queries = Files(images.pretrain.paths, images.pretrain.labels, images.size)
+        gallery = queries = _First(images.pretrain)
+        if isinstance(images.pretrain, Files):  # whose sizes differ
+            gallery = queries = Files(images.pretrain.paths, images.pretrain.labels, images.size)
 
     def some(dataset: Any, most: int) -> Any:
         generator = torch.Generator().manual_seed(config.seed)
@@ -422,12 +492,13 @@ def _embedding(run: Path, images: Data, config: Config) -> dict[str, Any]:
     gallery, queries = some(gallery, GALLERY), some(queries, QUERIES)
     gallery_x, gallery_y = evaluate.extract(backbone, gallery, data=images, device=device)
     x, y = evaluate.extract(backbone, queries, data=images, device=device)
-    return _map(x, y, queries, images) | _neighbours(
+    labelled = METHODS[config.method].labelled
+    return _map(x, y, queries, images, labelled) | _neighbours(
         F.normalize(x) @ F.normalize(gallery_x).T, y, gallery_y, queries, gallery, images
     )
 
 
-def _map(x: Tensor, y: Tensor, queries: Any, images: Data) -> dict[str, Any]:
+def _map(x: Tensor, y: Tensor, queries: Any, images: Data, labelled: bool) -> dict[str, Any]:
     """Two maps of the same points: coloured by class, and with the images themselves."""
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
@@ -478,9 +549,9 @@ def _map(x: Tensor, y: Tensor, queries: Any, images: Data) -> dict[str, Any]:
         ax.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
         ax.set_axis_off()
 
-    colored = (
-        " Colours and names are the true classes, which pretraining never saw." if known else ""
-    )
+    colored = " Colours and names are the true classes" if known else ""
+    if known:
+        colored += "." if labelled else ", which pretraining never saw."
     text = (
         f"Each dot is one of {len(x):,} {'unseen ' if known else ''}images, placed by t-SNE so "
         f"that images with similar features lie together.{colored} Some of the same images are "

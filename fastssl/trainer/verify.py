@@ -31,7 +31,28 @@ from fastssl.trainer.config import Config
 from fastssl.trainer.methods import METHODS
 
 ALLOWANCE = 16.0
-# The plain form of each method's loss, called with what the method gives its own.
+
+
+def _info_nce(config: Config) -> Callable[..., Tensor]:
+    """InfoNCE whose ids may be given by position, as the module takes them."""
+
+    def loss(
+        query: Tensor,
+        positive: Tensor,
+        negatives: Tensor | None,
+        ids: Tensor | None = None,
+        negative_ids: Tensor | None = None,
+    ) -> Tensor:
+        return reference.info_nce(
+            query, positive, negatives, config.temperature, ids=ids, negative_ids=negative_ids
+        )
+
+    return loss
+
+
+KERNEL_FREE = ("byol", "simsiam")  # their loss is PyTorch on every device
+# The plain form of the loss of each method that has one of ours, called with what the method gives
+# its own. The others, rotation for example, train with PyTorch's cross-entropy.
 REFERENCES: dict[str, Callable[[Config], Callable[..., Tensor]]] = {
     "simclr": lambda config: partial(reference.nt_xent, temperature=config.temperature),
     "barlow": lambda config: partial(reference.barlow_twins, lambda_param=config.lambda_param),
@@ -44,10 +65,16 @@ REFERENCES: dict[str, Callable[[Config], Callable[..., Tensor]]] = {
     "swav": lambda config: partial(
         reference.swav, temperature=config.temperature, epsilon=config.epsilon
     ),
+    **dict.fromkeys(("moco", "instance", "pirl"), _info_nce),
+    **{method: lambda config: reference.negative_cosine_similarity for method in KERNEL_FREE},
+    "supcon": lambda config: partial(
+        reference.supcon, temperature=config.temperature, base_temperature=config.temperature
+    ),
 }
 # So that a few steps see all of a method: prototypes that learn, a queue half full and full.
 OPTIONS: dict[str, dict[str, Any]] = {
-    "swav": {"freeze_epochs": 0, "queue_length": 150, "queue_start": 0}
+    "swav": {"freeze_epochs": 0, "queue_length": 150, "queue_start": 0},
+    "moco": {"queue_length": 150},
 }
 
 
@@ -105,10 +132,10 @@ def verify(
     """Train a small network on digits with the reference loss and each fused one, and compare.
 
     The torch backend runs everywhere, in float64 and float32; the Triton backend in float32 on a
-    GPU, or in Triton's interpreter if TRITON_INTERPRET=1 is set.
+    GPU, or in Triton's interpreter if TRITON_INTERPRET=1 is set, where the loss has a kernel.
 
     Args:
-        method: A name in ``METHODS``.
+        method: A name in ``REFERENCES``: a method whose loss is one of ours.
         steps: Steps of the optimiser.
         batch_size: Images per step; 100 if None, or 12 in the interpreter, which is slow.
         out: Folder for the plot ``verify-METHOD.png``; no plot if None.
@@ -117,10 +144,13 @@ def verify(
         Whether every backend stayed within its tolerance. A table that says so is printed.
 
     Raises:
-        ValueError: The method is unknown, or steps or batch_size is out of range.
+        ValueError: The method is unknown or has no such loss, or steps or batch_size is out of
+            range.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if method not in REFERENCES:
+        raise ValueError(
+            f"method must be one whose loss is fastssl's, {', '.join(REFERENCES)}, got {method!r}"
+        )
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -130,13 +160,14 @@ def verify(
         raise ValueError(f"batch_size must be 2 to {len(digits.pretrain)}, got {batch_size}")
     device = torch.device("cuda" if torch.cuda.is_available() and not interpreted else "cpu")
     backends = [("torch", torch.float64), ("torch", torch.float32)]
-    if interpreted or device.type == "cuda":
+    if (interpreted or device.type == "cuda") and method not in KERNEL_FREE:
         backends.append(("triton", torch.float32))
+    taken = METHODS[method].defaults.keys() & {"projection_hidden", "projection_dim"}
+    widths: dict[str, Any] = dict.fromkeys(taken, 64)
     config = Config(
         method=method,
         batch_size=batch_size,
-        projection_hidden=64,
-        projection_dim=64,
+        **widths,
         **OPTIONS.get(method, {}),
     ).resolved()
     batches = _batches(digits, config, steps, device)

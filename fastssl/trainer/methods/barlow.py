@@ -16,6 +16,7 @@ class BarlowTwins(TwoViews):
     defaults: ClassVar = {
         "projection_hidden": 1024,
         "projection_dim": 1024,
+        "augmentation": "default",
         "lambda_param": 5e-3,
     }
 
@@ -29,4 +30,6 @@ class BarlowTwins(TwoViews):
             last_norm=False,
             norm=config.head_norm,
         )
-        self.loss = BarlowTwinsLoss(config.lambda_param, backend=config.backend)
+        self.loss = BarlowTwinsLoss(
+            config.lambda_param, gather_distributed=True, backend=config.backend
+        )

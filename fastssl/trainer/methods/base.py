@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from fastssl.trainer.config import Config
 
 
+GREY = ("digits", "mnist", "fashion-mnist")  # data sets whose images have one channel
+
+
 class Method(nn.Module):
     """A pretraining method. What is below suits most; a method overrides what it needs."""
 
@@ -19,12 +22,15 @@ class Method(nn.Module):
     recipes: ClassVar[dict[str, dict[str, Any]]] = {}
     labelled: ClassVar[bool] = False
     constant_lr: ClassVar[tuple[str, ...]] = ()
+    whole_batch_norm: ClassVar[bool] = True
 
     @staticmethod
     def views(config: "Config", size: int) -> "list[v2.Transform]":
-        """One transform for each view of an image: two of the data set's default."""
+        """One transform for each view of an image: two, those of ``augmentation``."""
         from fastssl.trainer import augment  # here, so that options are listed without torchvision
 
+        if config.augmentation == "byol":
+            return augment.byol(size)
         return [augment.default(config.dataset, size)] * 2
 
     def before_step(self, step: int, per_epoch: int) -> None:

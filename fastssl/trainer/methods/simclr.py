@@ -13,7 +13,12 @@ if TYPE_CHECKING:
 class SimCLR(TwoViews):
     """Chen et al., A Simple Framework for Contrastive Learning of Visual Representations, 2020."""
 
-    defaults: ClassVar = {"projection_hidden": 256, "projection_dim": 128, "temperature": 0.5}
+    defaults: ClassVar = {
+        "projection_hidden": 256,
+        "projection_dim": 128,
+        "temperature": 0.5,
+        "augmentation": "default",
+    }
 
     def __init__(self, backbone: Any, config: "Config", images: int) -> None:
         super().__init__(backbone)
@@ -23,4 +28,4 @@ class SimCLR(TwoViews):
             config.projection_dim,
             norm=config.head_norm,
         )
-        self.loss = NTXentLoss(config.temperature, backend=config.backend)
+        self.loss = NTXentLoss(config.temperature, gather_distributed=True, backend=config.backend)

@@ -7,9 +7,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastssl import SwaVLoss
+from fastssl.distributed import gather_rows, world_size
 from fastssl.functional import sinkhorn_knopp
 from fastssl.trainer.methods.base import Method
 from fastssl.trainer.networks import ProjectionHead
+from fastssl.trainer.parallel import rank
 
 if TYPE_CHECKING:
     from torchvision.transforms import v2
@@ -86,7 +88,10 @@ class SwAV(Method):
         )
         self.prototypes = nn.Linear(config.projection_dim, config.prototypes, bias=False)
         self.loss = SwaVLoss(
-            config.temperature, sinkhorn_epsilon=config.epsilon, backend=config.backend
+            config.temperature,
+            sinkhorn_epsilon=config.epsilon,
+            sinkhorn_gather_distributed=True,
+            backend=config.backend,
         )
         # Embeddings of earlier global crops, the newest first.
         self.register_buffer("queue", torch.zeros(2, config.queue_length, config.projection_dim))
@@ -122,11 +127,17 @@ class SwAV(Method):
         scores = self.prototypes(z).split(B)
         queue = None
         with torch.no_grad():
-            if self.queued:
-                queue = self.prototypes(self.queue[:, : self.queued]).unbind()
+            if self.queued:  # of which each of several processes takes its share
+                ranks = world_size()
+                queue = self.prototypes(self.queue[:, rank() : self.queued : ranks]).unbind()
             rows = scores[0] if queue is None else torch.cat([scores[0], queue[0]])
-            codes = sinkhorn_knopp(rows.float(), self.config.epsilon, backend=self.config.backend)
-            self.seen = codes[:B], z[: 2 * B].detach().view(2, B, -1)
+            codes = sinkhorn_knopp(
+                rows.float(),
+                self.config.epsilon,
+                gather_distributed=True,
+                backend=self.config.backend,
+            )
+            self.seen = codes[:B], z[: 2 * B].detach().view(2, B, -1).transpose(0, 1)
         return self.loss(scores[:2], scores[2:], queue).squeeze(), (z[:B], z[B : 2 * B])
 
     def after_backward(self) -> None:
@@ -137,7 +148,8 @@ class SwAV(Method):
     @torch.no_grad()
     def after_step(self, step: int, per_epoch: int) -> None:
         """The codes are counted and the embeddings join the queue."""
-        codes, latest = self.seen
+        codes, latest = (gather_rows(x)[0] for x in self.seen)
+        latest = latest.transpose(0, 1)
         self.used[codes.argmax(1)] = True
         self.code_sum += codes.sum(0)
         self.entropy_sum += torch.special.entr(codes).sum()

@@ -16,6 +16,7 @@ class VICReg(TwoViews):
     defaults: ClassVar = {
         "projection_hidden": 1024,
         "projection_dim": 1024,
+        "augmentation": "default",
         "lambda_param": 25.0,
         "mu_param": 25.0,
         "nu_param": 1.0,
@@ -32,5 +33,9 @@ class VICReg(TwoViews):
             norm=config.head_norm,
         )
         self.loss = VICRegLoss(
-            config.lambda_param, config.mu_param, config.nu_param, backend=config.backend
+            config.lambda_param,
+            config.mu_param,
+            config.nu_param,
+            gather_distributed=True,
+            backend=config.backend,
         )

@@ -1,0 +1,57 @@
+"""What each process of tests/test_parallel.py runs: a module that processes can import."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import torch
+
+from fastssl.trainer import Config, data, loop, parallel
+
+IMAGES = 50
+
+
+class Watched(loop.Trainer):
+    """A trainer that keeps the loss of every step."""
+
+    def run(self) -> loop.Run:
+        self.losses: list[float] = []
+        return super().run()
+
+    def _train_step(self, loaded: object) -> tuple[float, object]:
+        value, embeddings = super()._train_step(loaded)
+        self.losses.append(value)
+        return value, embeddings
+
+
+def train(options: dict[str, object]) -> dict[str, object]:
+    """The losses, the history and the state at the end of a run on a few digits."""
+    digits = data.load("digits")
+    few = data.Images(digits.train.images[:IMAGES], digits.train.labels[:IMAGES])
+    trainer = Watched(
+        Config(**options), dataclasses.replace(digits, pretrain=few, train=few, test=few)
+    )
+    history = trainer.run().history
+    state = {name: x.clone() for name, x in trainer.method.state_dict().items()}
+    return {"losses": trainer.losses, "history": history, "state": state}
+
+
+def join(rank: int, ranks: int, port: int) -> None:
+    """Become one of several processes, as torchrun tells it."""
+    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
+    os.environ |= {"MASTER_ADDR": "localhost", **{name: str(x) for name, x in own.items()}}
+    torch.set_num_threads(1)
+
+
+def run(rank: int, ranks: int, port: int, folder: Path, runs: dict[str, dict]) -> None:
+    """Train each of the runs as one of several processes and write what came of it."""
+    join(rank, ranks, port)
+    with parallel.process_group(torch.device("cpu")):
+        results = {name: train(options) for name, options in runs.items()}
+    torch.save(results, folder / f"{rank}.pt")
+
+
+def go_on(rank: int, ranks: int, port: int, options: dict[str, object]) -> None:
+    """Resume a run as one of several processes, to its end."""
+    join(rank, ranks, port)
+    assert loop.pretrain(Config(**options), resume=True).complete
