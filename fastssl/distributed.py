@@ -238,8 +238,11 @@ def sum_over_ranks(x: Tensor, group: Group = None) -> Tensor:
         group: A process group that this rank is in; None for the default one.
 
     Returns:
-        The sum, the same on each rank, differentiable any number of times.
+        The sum, the same on each rank, differentiable any number of times; x itself without an
+        initialised process group.
     """
+    if world_size(group) == 1:
+        return x
     total: Tensor = _SumOverRanks.apply(x, group)
     return total
 

@@ -484,11 +484,11 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path):
         ({"temperature": "warm"}, "temperature must be a number, got 'warm'"),
         (
             {"method": "barlow", "temperature": 0.1},
-            "temperature is for method 'simclr' or 'swav' only, got 0.1 with method 'barlow'",
+            r"temperature is for method 'simclr', .*'pirl' or 'swav' only, got 0.1 with .*'barlow'",
         ),
         (
             {"lambda_param": 0.1},
-            "lambda_param is for method 'barlow' or 'vicreg' only, got 0.1 with method 'simclr'",
+            "lambda_param is for method 'pirl', 'barlow' or 'vicreg' only, got 0.1",
         ),
         ({"method": "vicreg", "nu_param": -1}, "nu_param must be at least 0 and finite, got -1"),
         ({"prototypes": 9}, "prototypes is for method 'swav' only, got 9 with method 'simclr'"),

@@ -167,7 +167,7 @@ class Config:
             if getattr(self, name) is not None and name not in METHODS[self.method].defaults:
                 takers = [key for key, method in METHODS.items() if name in method.defaults]
                 raise ValueError(
-                    f"{name} is for method {' or '.join(map(repr, takers))} only, got "
+                    f"{name} is for method {_listed(takers)} only, got "
                     f"{getattr(self, name)} with method {self.method!r}"
                 )
         for name in ("temperature", "epsilon"):
@@ -272,6 +272,11 @@ def read_options(path: str | Path) -> dict[str, Any]:
             f"config file {path} must hold lines such as 'epochs: 20', got {type(options).__name__}"
         )
     return options
+
+
+def _listed(names: list[str]) -> str:
+    *rest, last = map(repr, names)
+    return f"{', '.join(rest)} or {last}" if rest else last
 
 
 def _unknown(name: str, names: typing.Iterable[str]) -> str:

@@ -213,8 +213,7 @@ class Trainer:
                     if self.rank == 0:
                         progress.console.print(line, highlight=False, soft_wrap=True)
                     last = time.perf_counter()
-                # Whoever was told to stop: all stop after the same step.
-                if parallel.mean(torch.tensor(float(stop.is_set()), device=self.device)) > 0:
+                if parallel.any_of(stop.is_set(), self.device):
                     break
         if self.step < self.steps:
             self._save()
@@ -315,9 +314,9 @@ class Trainer:
         before = [buffer.clone() for buffer in buffers]
         batch = self._placed(loaded)
         self.calls.clear()
-        torch.manual_seed(augment.mix(self.config.seed, self.step))  # whatever a method draws,
-        if self.rank:  # each process for its own images
-            torch.manual_seed(augment.mix(self.config.seed, self.step, self.rank))
+        # Whatever a method draws, each process for its own images.
+        own = (self.rank,) if self.rank else ()
+        torch.manual_seed(augment.mix(self.config.seed, self.step, *own))
         self.method.train()
         self.method.before_step(self.step, self.per_epoch)
         precision = getattr(torch, self.config.precision)

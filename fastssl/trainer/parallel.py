@@ -69,6 +69,11 @@ def mean(x: Tensor) -> Tensor:
     return x if world_size() == 1 else sum_over_ranks(x.detach()) / world_size()
 
 
+def any_of(flag: bool, device: torch.device) -> bool:
+    """Whether flag is set in any process."""
+    return flag if world_size() == 1 else bool(mean(torch.tensor(float(flag), device=device)) > 0)
+
+
 def wrap(method: nn.Module, device: torch.device) -> nn.Module:
     """What to call for a method's loss, so that processes get the mean of their gradients."""
     if world_size() == 1:
