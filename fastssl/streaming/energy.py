@@ -33,6 +33,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastssl.streaming.memory import fresh_like
+
 TILE = 1024  # features of a tile of c, and rows that it is summed over at a time
 GRAM_TILE = 256  # rows of a tile of u^ u^T
 PANEL = 2**20  # numbers that are standardised at a time
@@ -132,7 +134,7 @@ def cross_energy_bwd(
         squares = u_saved.square()
 
     def gradient(batch: _Batch, other: _Batch, saved: Tensor) -> Tensor:
-        out = torch.empty_like(batch.x, memory_format=torch.contiguous_format)
+        out = fresh_like(batch.x)
         if outliers:
             far = batch.read(slice(None), outliers, out.new_empty(N * len(outliers), dtype=dtype))
             h_far = torch.zeros_like(far)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastssl.streaming.memory import fresh_like
 from fastssl.streaming.similarity import LEAST_EXPONENT, drop_negligible_, tile_rows
 
 MAX_EXPONENT = 40.0
@@ -38,8 +39,8 @@ def sigmoid_fwd(
     dtype, nothing = scale.dtype, scale.new_empty(0)
     terms = scale.new_zeros(len(q))
     row_gradients = need_q or need_scale
-    dq = torch.zeros_like(q, dtype=dtype) if row_gradients else nothing
-    dk = torch.zeros_like(k, dtype=dtype) if need_k else nothing
+    dq = fresh_like(q, dtype, zero=True) if row_gradients else nothing
+    dk = fresh_like(k, dtype, zero=True) if need_k else nothing
     dbias = torch.zeros_like(scale) if need_bias else nothing
     bounded = _bounded(q, k, scale, bias)
     size = tile_rows(q)

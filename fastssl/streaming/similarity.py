@@ -31,6 +31,8 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
+from fastssl.streaming.memory import fresh_like
+
 TILE = 512  # rows and columns of a tile
 WIDE = 256  # features from which on a tile has twice as many: products take longer than the rest
 MAX_UNSHIFTED = 40.0
@@ -249,7 +251,7 @@ def class_lse_bwd(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients of z and scale, each where ``needs`` asks for it."""
-    dz = torch.zeros_like(z, dtype=top.dtype)
+    dz = fresh_like(z, top.dtype, zero=True)
     blocks = _blocks([z], _rnorm(z, False), scale, None, [dz])
     dlse = dlse.masked_fill(count <= 0, 0)
     gain = _gain(dlse)
@@ -276,7 +278,7 @@ def fixed_keys_lse_fwd(
     weights them, is all that a row's gradient needs, and it is gathered on the way.
     """
     q_rnorm = _rnorm(q)
-    dq = torch.zeros_like(q, dtype=scale.dtype) if gradients else None
+    dq = fresh_like(q, scale.dtype, zero=True) if gradients else None
     rows = _blocks([q], q_rnorm, scale, row_ids, [dq])
     cols = _blocks([k], _rnorm(k), scale, col_ids)
     unshifted = _unshifted(scale, q, k, True)
@@ -329,8 +331,8 @@ def two_view_lse_bwd(
     if len(tile):
         return _one_tile_bwd(dlse, z0, z1, scale, total, rnorm, tile, needs)
     need_0, need_1, need_scale = needs
-    dz0 = torch.zeros_like(z0, dtype=top.dtype) if need_0 or need_scale else None
-    dz1 = torch.zeros_like(z1, dtype=top.dtype) if need_1 or need_scale else None
+    dz0 = fresh_like(z0, top.dtype, zero=True) if need_0 or need_scale else None
+    dz1 = fresh_like(z1, top.dtype, zero=True) if need_1 or need_scale else None
     blocks = _blocks([z0, z1], rnorm, scale, _twice(ids), [dz0, dz1])
     gain = _gain(dlse)
     share = _Share.of(_Sums(top, total), dlse, gain)
@@ -659,8 +661,8 @@ def _gradients(
     q: Tensor, k: Tensor, like: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     need_q, need_k, need_scale = needs
-    dq = torch.zeros_like(q, dtype=like.dtype) if need_q or need_scale else None
-    dk = torch.zeros_like(k, dtype=like.dtype) if need_k else None
+    dq = fresh_like(q, like.dtype, zero=True) if need_q or need_scale else None
+    dk = fresh_like(k, like.dtype, zero=True) if need_k else None
     return dq, dk
 
 

@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from fastssl.streaming.memory import fresh_like
+
 BLOCK = 2**18  # numbers of a block of rows
 RANGE = 60.0  # potentials spread no wider than x: exp(RANGE) and its inverse are float32 numbers
 
@@ -54,7 +56,7 @@ def _scaled(scores: Tensor, epsilon: float, iterations: int) -> Tensor | None:
     if scores.device.type != "cpu":
         return None
     (B, K), dtype = scores.shape, torch.promote_types(scores.dtype, torch.float32)
-    codes = torch.empty_like(scores, dtype=dtype, memory_format=torch.contiguous_format)
+    codes = fresh_like(scores, dtype)
     highs = codes.new_empty(B, 1)
     top = codes.new_full((), -torch.inf)  # of all scores so far
     sums = codes.new_zeros(K)
@@ -106,7 +108,7 @@ def _log_domain(
         here = top.clone()
         reduce(top, "max")
         reduce(total.mul_((here - top).exp_()), "sum")
-    codes = torch.empty_like(scores, memory_format=torch.contiguous_format)
+    codes = fresh_like(scores)
     if not iterations:
         largest = top.max()
         everything = (total * (top - largest).exp()).sum().log()

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fastssl.streaming.memory import fresh_like
+
 BLOCK = 2**18  # numbers of a block of rows
 
 
@@ -38,7 +40,7 @@ def soft_cross_entropy_bwd(
     dloss: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, temperature: float
 ) -> Tensor:
     """Return the gradient of the logits, in their type."""
-    dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    dlogits = fresh_like(logits)
     x = dlogits if logits.dtype == lse.dtype else _buffers(logits, lse.dtype)[0]
     for rows in _blocks(logits):
         block, wanted = logits[rows].to(lse.dtype), targets[rows].to(lse.dtype)
