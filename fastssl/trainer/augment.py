@@ -39,7 +39,7 @@ def default(dataset: str, size: int, scale: tuple[float, float] | None = None) -
     """The random augmentation of a data set: uint8 [C, H, W] -> uint8 [C, size, size].
 
     Digit-like images are moved, sheared, seen from an angle and blurred, or else cropped; colour
-    images are augmented as in SimCLR.
+    images are augmented as in MoCo v2.
 
     Args:
         dataset: Its name.
@@ -79,7 +79,7 @@ def _colours() -> list[v2.Transform]:
 def byol(size: int) -> list[v2.Transform]:
     """The two views of a colour image in BYOL, which differ (Grill et al. 2020, appendix B).
 
-    Barlow Twins and VICReg take the same two on ImageNet.
+    Barlow Twins takes the same two on ImageNet, and so does VICReg's code.
 
     Args:
         size: Side of a view; the blur's kernel is a tenth of it.

@@ -28,7 +28,7 @@ class BYOL(Method):
     """Grill et al., Bootstrap Your Own Latent: A New Approach to Self-Supervised Learning, 2020.
 
     The target network is a running mean of backbone and projection head. Its momentum rises from
-    ``momentum`` to 1 over the run as half a cosine (section 3.2). Its batch norm takes the
+    ``momentum`` to 1 over the run as half a cosine (section 3.3). Its batch norm takes the
     statistics of its own batch.
     """
 
@@ -69,7 +69,7 @@ class BYOL(Method):
         with torch.no_grad():
             targets = self.target(views)
         swapped = torch.cat(targets.chunk(2)[::-1])
-        # The sum of both directions' 2 - 2 cos (equations 2 and 3).
+        # The sum of both directions' 2 - 2 cos (equation 2).
         loss = 4 + 4 * self.loss(self.predictor(z), swapped)
         z0, z1 = z.chunk(2)
         return loss, (z0, z1)

@@ -20,7 +20,7 @@ class InstanceDiscrimination(Method):
     """One view of an image, its own row of the memory bank as positive, other rows as negatives.
 
     Wu et al., Unsupervised Feature Learning via Non-Parametric Instance Discrimination, 2018. With
-    all rows the loss is the paper's equation 2; with some of them, drawn at random, it is a softmax
+    all rows the loss is the paper's equation 3; with some of them, drawn at random, it is a softmax
     over those, where the paper estimates it by binary decisions. The paper's head is ours without
     a norm (``head_norm`` of "none").
     """

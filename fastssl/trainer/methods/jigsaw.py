@@ -27,7 +27,7 @@ def permutations(count: int) -> Tensor:
     """A set of orders of nine patches, int64 [count, 9], that are far apart.
 
     It begins with the order as it is. Each next one has the largest least Hamming distance to those
-    before it (Noroozi & Favaro 2016, section 3.3), and of several such the largest sum of them.
+    before it, and of several such the largest sum. Noroozi & Favaro 2016 go by the average alone.
     """
     orders = np.array(list(itertools.permutations(range(9))), dtype=np.int8).T.copy()  # [9, 9!]
     least = np.full(orders.shape[1], 9, dtype=np.int8)

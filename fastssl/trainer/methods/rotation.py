@@ -20,9 +20,9 @@ _GREY = {"projection_hidden": 256}
 class Rotation(Method):
     """Gidaris et al., Unsupervised Representation Learning by Predicting Image Rotations, 2018.
 
-    Every image is in the batch in all four rotations (section 3.2). A perceptron of three layers,
-    as on top of the paper's AlexNet, tells them apart: the backbone's own last layer then need not
-    become a detector of rotations, which is a poor feature for anything else.
+    Every image is in the batch in all four rotations. A perceptron of three layers, as on top of
+    the paper's AlexNet, tells them apart: the backbone's own last layer then need not become a
+    detector of rotations, which is a poor feature for anything else.
     """
 
     defaults: ClassVar = {"projection_hidden": 4096}
