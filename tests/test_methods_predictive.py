@@ -115,18 +115,25 @@ def test_byols_two_sides_are_those_of_the_paper():
 
 
 @pytest.mark.parametrize("method", ["simclr", "barlow", "vicreg", "byol", "simsiam"])
-def test_a_method_of_two_views_takes_either_augmentation(method):
-    def blurs(**options):
+def test_a_method_of_two_views_takes_any_augmentation(method):
+    def steps(kind, **options):
         config = Config(method=method, **options).resolved()
         return [
-            t.p
+            t
             for view in METHODS[method].views(config, 32)
             for t in view.transforms
-            if isinstance(t, v2.RandomApply) and isinstance(t.transforms[0], v2.GaussianBlur)
+            if isinstance(t, v2.RandomApply) and isinstance(t.transforms[0], kind)
         ]
+
+    def blurs(**options):
+        return [t.p for t in steps(v2.GaussianBlur, **options)]
 
     assert blurs(dataset="cifar10", augmentation="byol") == [1.0, 0.1]
     assert blurs(dataset="cifar10", augmentation="default") == [0.5, 0.5]
+    assert blurs(dataset="cifar10", augmentation="simclr") == [0.5, 0.5]
+    for augmentation, brightness in (("simclr", (0.2, 1.8)), ("default", (0.6, 1.4))):
+        for jitter in steps(v2.ColorJitter, dataset="cifar10", augmentation=augmentation):
+            assert jitter.transforms[0].brightness == pytest.approx(brightness)
     assert blurs(dataset="cifar10") == ([1.0, 0.1] if method == "byol" else [0.5, 0.5])
     assert blurs(dataset="digits") == [0.3, 0.3]
     with pytest.raises(
@@ -156,8 +163,8 @@ def test_a_learning_rate_tuned_for_adamw_is_for_adamw_alone():
         ({"method": "byol", "temperature": 0.1}, "temperature is for method .* 'byol'"),
         ({"method": "barlow", "prediction_hidden": 9}, "for method 'byol' or 'simsiam' only, got"),
         ({"method": "rotation", "projection_dim": 9}, "projection_dim is for method 'simclr'"),
-        ({"method": "swav", "augmentation": "byol"}, "augmentation is for method 'simclr' or"),
-        ({"augmentation": "simclr"}, "augmentation cannot be 'simclr'.*default, byol"),
+        ({"method": "swav", "augmentation": "byol"}, "augmentation is for method 'simclr', "),
+        ({"augmentation": "moco"}, "augmentation cannot be 'moco'.*default, simclr, byol"),
     ],
 )
 def test_a_bad_option_says_what_is_accepted(options, message):

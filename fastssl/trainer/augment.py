@@ -64,16 +64,33 @@ def default(dataset: str, size: int, scale: tuple[float, float] | None = None) -
         [
             v2.RandomResizedCrop(size, scale=scale or (0.2, 1.0), antialias=True),
             v2.RandomHorizontalFlip(),
-            *_colours(),
+            *_colours(0.5),
             v2.RandomApply([blur], p=0.5),
         ]
     )
 
 
-def _colours() -> list[v2.Transform]:
-    """SimCLR's distortion of colours, at half its strength."""
-    jitter = v2.ColorJitter(0.4, 0.4, 0.4, 0.1)
+def _colours(strength: float) -> list[v2.Transform]:
+    """SimCLR's distortion of colours."""
+    jitter = v2.ColorJitter(*(strength * x for x in (0.8, 0.8, 0.8, 0.2)))
     return [v2.RandomApply([jitter], p=0.8), v2.RandomGrayscale(0.2)]
+
+
+def simclr(size: int) -> v2.Transform:
+    """A view of a colour image in SimCLR on ImageNet (Chen et al. 2020, appendix A).
+
+    Args:
+        size: Side of a view; the blur's kernel is a tenth of it.
+    """
+    blur = v2.GaussianBlur(size // 10 | 1, sigma=(0.1, 2.0))
+    return v2.Compose(
+        [
+            v2.RandomResizedCrop(size, (0.08, 1.0), antialias=True),
+            v2.RandomHorizontalFlip(),
+            *_colours(1.0),
+            v2.RandomApply([blur], p=0.5),
+        ]
+    )
 
 
 def byol(size: int) -> list[v2.Transform]:
@@ -119,7 +136,7 @@ def patches(dataset: str, size: int, *, patch: float = 64 / 85, gap: float = 0.0
     if dataset in GREY:
         return v2.Compose([default(dataset, size), Patches(side, pixels, gap=between)])
     crop = v2.RandomResizedCrop(side, scale=(0.6, 1.0), antialias=True)
-    cut = Patches(side, pixels, gap=between, each=v2.Compose(_colours()))
+    cut = Patches(side, pixels, gap=between, each=v2.Compose(_colours(0.5)))
     return v2.Compose([crop, v2.RandomHorizontalFlip(), cut])
 
 

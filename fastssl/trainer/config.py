@@ -125,9 +125,9 @@ class Config:
     )
     augmentation: str = _option(
         None,
-        "the data set's views, or for colour images the two of byol (default by method and data "
-        "set)",
-        ("default", "byol"),
+        "the data set's views, or for colour images those of simclr or the two of byol on ImageNet "
+        "(default by method and data set)",
+        ("default", "simclr", "byol"),
     )
     head_norm: str = _option("batch", "normalisation in the projection head", HEAD_NORMS)
     optimizer: str = _option("adamw", "optimiser", OPTIMIZERS)
@@ -185,10 +185,10 @@ class Config:
                 f"permutations must be at most {math.factorial(9)}, all of nine patches, "
                 f"got {self.permutations}"
             )
-        if self.augmentation == "byol" and self.dataset in GREY:
+        if self.augmentation in ("simclr", "byol") and self.dataset in GREY:
             raise ValueError(
-                f"augmentation 'byol' is for colour images only, got it with dataset "
-                f"{self.dataset!r}"
+                f"augmentation {self.augmentation!r} is for colour images only, got it with "
+                f"dataset {self.dataset!r}"
             )
         for name in ("local_scale_min", "local_scale_max", "global_scale_min"):
             value = getattr(self, name)

@@ -31,6 +31,8 @@ class Method(nn.Module):
 
         if config.augmentation == "byol":
             return augment.byol(size)
+        if config.augmentation == "simclr":
+            return [augment.simclr(size)] * 2
         return [augment.default(config.dataset, size)] * 2
 
     def before_step(self, step: int, per_epoch: int) -> None:
