@@ -235,7 +235,7 @@ def test_a_run_is_not_overwritten(tiny):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("epochs", 4), ("temperature", 0.1), ("seed", 7), ("backbone", "resnet18")]
+    ("name", "value"), [("method", "barlow"), ("epochs", 4), ("temperature", 0.1), ("seed", 7)]
 )
 def test_a_run_does_not_resume_with_another_option(tiny, name, value):
     pretrain(Config(**tiny(epochs=1)))
