@@ -9,7 +9,7 @@ Prototypes first, from f = 0. After the last f the codes are B exp(x_bk + f_b + 
 Where each sample's x lies within RANGE of its largest, exp(x - max) is a float32 number. It is then
 taken once, and an iteration is two products with it: with exp(g) for the sums over k, with exp(f)
 for those over b. All terms are positive, so no digit is lost. Wider scores stay in the log domain
-and take their exponentials anew in every sweep. Either way a block of rows is in a core's cache
+and take their exponentials anew in every sweep. Either way a block of rows is in the cache
 while it gives its samples' f and its share of the next g.
 
 Where samples are spread over ranks, sums over b are of all of them. They are in the log domain, so
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastssl.streaming.memory import fresh_like
 
-BLOCK = 2**18  # numbers of a block of rows
+BLOCK = 2**20  # numbers of a block of rows
 RANGE = 60.0  # potentials spread no wider than x: exp(RANGE) and its inverse are float32 numbers
 
 
