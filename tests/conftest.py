@@ -2,6 +2,7 @@
 
 import os
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -43,3 +44,11 @@ def mnist(tmp_path_factory: pytest.TempPathFactory) -> Path:
         header = struct.pack(">HBBI", 0, 8, 1, count)
         (raw / f"{split}-labels-idx1-ubyte").write_bytes(header + labels.tobytes())
     return folder
+
+
+@pytest.fixture
+def outputs_begin_as_nan() -> Iterator[None]:
+    """What a kernel does not write is NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

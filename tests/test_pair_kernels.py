@@ -12,18 +12,10 @@ from fastssl import reference
 
 similarity = pytest.importorskip("fastssl.kernels.similarity")
 
-pytestmark = NEEDS_INTERPRETER
+pytestmark = [NEEDS_INTERPRETER, pytest.mark.usefixtures("outputs_begin_as_nan")]
 ALL = (True, True, True)
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 1e-2}  # of the largest entry
 SCALES = [(10.0, True), (100.0, True), (0.4, False)]  # and whether rows are normalised
-
-
-@pytest.fixture(autouse=True)
-def _fill_outputs_with_nan():
-    """What a kernel does not write is NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

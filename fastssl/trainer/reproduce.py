@@ -12,6 +12,7 @@ import json
 import math
 import statistics
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -126,7 +127,7 @@ class Found(dict[str, dict[str, list[float]]]):
         return f"{ahead} is ahead of {behind} by {abs(100 * lead):.1f} points."
 
 
-class Experiment:
+class Experiment(ABC):
     """What is trained, measured, drawn and told; a subclass overrides what it needs."""
 
     name: ClassVar[str]
@@ -138,9 +139,9 @@ class Experiment:
     methods: ClassVar[tuple[str, ...]] = ()  # to choose from, the default first
     labels: ClassVar[int] = 0  # how many by default, if it takes that option
 
+    @abstractmethod
     def arms(self, ask: Ask) -> list[Arm]:
         """The networks to train."""
-        raise NotImplementedError
 
     def images(self, images: Data, ask: Ask, seed: int) -> Data:
         """What the arms of a seed are pretrained on."""
@@ -156,9 +157,9 @@ class Experiment:
             "effective_rank": last["effective_rank"],
         }
 
+    @abstractmethod
     def text(self, found: Found, ask: Ask) -> list[str]:
         """What the numbers say, a sentence or two each."""
-        raise NotImplementedError
 
 
 def frozen_accuracies(
