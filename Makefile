@@ -1,5 +1,6 @@
 # make pretrain   pretrain a small network with a fused loss and draw a report
-# make test       the whole test suite
+# make test       the test suite
+# make exhaustive every kernel compiled for every GPU in every configuration; an hour on two cores
 # make check      format, lint, types and the quick tests
 # make bench      the benchmark suite
 #
@@ -15,7 +16,7 @@ INSTALL  = @echo "== installing fastssl and its '$(1)' extra into $(VENV); the f
            "comes with it, which takes minutes" && \
            $(BIN)/pip install --quiet $(PACKAGE)"[$(1)]" && touch $@
 
-.PHONY: pretrain test check bench
+.PHONY: pretrain test exhaustive check bench
 .DELETE_ON_ERROR:
 
 pretrain: $(VENV)/.train
@@ -26,11 +27,15 @@ test: $(VENV)/.test
 	@echo "== testing"
 	$(BIN)/pytest --numprocesses 2
 
+exhaustive: $(VENV)/.test
+	@echo "== compiling every kernel for every GPU in every configuration; this takes an hour"
+	$(BIN)/pytest -m exhaustive
+
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest --numprocesses 2 -q -m "not slow"
+	$(BIN)/pytest --numprocesses 2 -q -m "not slow and not exhaustive"
 
 bench: $(VENV)/.bench
 	@echo "== benchmarking against plain PyTorch, lightly, open_clip and pytorch-metric-learning"

@@ -26,7 +26,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def device_of(config: pytest.Config) -> str:
-    return config.getoption("--device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return measure.device_for(config.getoption("--device"))
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
 
 
 def level_of(config: pytest.Config) -> str:

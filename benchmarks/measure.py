@@ -25,6 +25,13 @@ LIBRARIES = (
 )
 
 
+def device_for(name: str | None) -> str:
+    """The device of that name, if this machine has it, or without a name the best that it has."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device must be cpu on this machine, got 'cuda'")
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def seconds_of(step: Callable[[], object], device: str) -> float:
     """What one step takes; on a GPU by its own clock, with a cache that holds nothing of it."""
     if device == "cpu":

@@ -84,13 +84,20 @@ def draw(document: dict[str, Any], loss: str, target: Path) -> bool:
 def draw_files(files: Sequence[Path]) -> None:
     """Draw every loss of these results that has two sizes beside them, and print how cost grows."""
     for file in files:
-        document = json.loads(file.read_text())
+        try:
+            document = json.loads(file.read_text())
+            growth = report.growth(document["rows"])
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(f"plot: {file} is not a file that bench --record wrote") from None
+        losses = dict.fromkeys(row["loss"] for row in document["rows"])
+        targets = {loss: file.with_name(f"{file.stem}-{report.slug(loss)}.svg") for loss in losses}
+        drawn = [target for loss, target in targets.items() if draw(document, loss, target)]
+        if not drawn:
+            print(f"{file}: nothing to draw, no loss has times at two sizes")
+            continue
         print(f"{file}: powers of the size over the {report.LARGEST} largest")
-        print(report.growth(document["rows"]))
-        for loss in dict.fromkeys(row["loss"] for row in document["rows"]):
-            target = file.with_name(f"{file.stem}-{report.slug(loss)}.svg")
-            if draw(document, loss, target):
-                print(target)
+        print(growth)
+        print(*drawn, sep="\n")
 
 
 def fill(page: Path, results: Path) -> None:

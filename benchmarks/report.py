@@ -135,7 +135,7 @@ def table(rows: Sequence[Row], losses: Sequence[str]) -> str:
     ours = [name for name in OURS if name in providers]
     head = [losses[0] if len(losses) == 1 else STEP, *ours]
     head += ["peer" if len(peers) > 1 else name for name in peers[:1]]
-    lines = ["| " + " | ".join([*head, "of the machine's rate"]) + " |"]
+    lines = ["| " + " | ".join([*head, "share of the floor"]) + " |"]
     lines.append("|---" * (len(head) + 1) + "|")
     for title, found in cases.items():
         cells = [_cell(found.get(name)) for name in ours]

@@ -45,6 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         if name in ("evaluate", "report"):
             command.add_argument("run", metavar="RUN", type=Path, help="folder of the run")
+            command.add_argument(
+                "--data-dir",
+                type=Path,
+                metavar="DIR",
+                help="where the images are now (default where the run found them)",
+            )
             if name == "evaluate":
                 command.add_argument(
                     "--labels",
@@ -54,23 +60,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     help="how many labelled images to fine-tune on, numbers or shares such as 1%% "
                     "(default 20 50 100 200)",
                 )
-        elif name == "verify":
-            _add_verify_options(command)
-        elif name == "reproduce":
-            _add_reproduce_options(command)
+    # Options whose help tells what there is to choose from: it is imported for its command alone.
+    further = {
+        "pretrain": _add_config_options,
+        "verify": _add_verify_options,
+        "bench": _add_bench_options,
+        "reproduce": _add_reproduce_options,
+    }
     try:
-        if arguments[:1] == ["pretrain"]:  # the only options whose help needs the trainer
-            _add_config_options(commands.choices["pretrain"])
-        if arguments[:1] == ["bench"]:
-            _add_bench_options(commands.choices["bench"])
-        options = vars(parser.parse_args(arguments))
-        status: int = globals()["_" + options.pop("command")](**options)
+        for name in arguments[:1]:
+            if name in further:
+                further[name](commands.choices[name])
+        found, unknown = parser.parse_known_args(arguments)
+        options = vars(found)
+        name = options.pop("command")
+        if unknown:
+            commands.choices[name].error(f"unrecognized arguments: {' '.join(unknown)}")
+        status: int = globals()[f"_{name}"](**options)
         return status
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("fastssl"):
             raise
         extra = "bench" if arguments[0] == "bench" else "train"
-        reason = f"{error.name} is not installed; pip install 'fastssl-losses[{extra}]'"
+        reason = (
+            f"{error.name} is not installed; fastssl's '{extra}' extra has it, in a checkout "
+            f"pip install '.[{extra}]'"
+        )
     except (ValueError, OSError, FloatingPointError) as error:
         # An error in a DataLoader's worker ends with the message, after the worker's traceback.
         reason = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
@@ -81,7 +96,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _add_verify_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--method", default="simclr", metavar="NAME", help="default simclr")
+    from fastssl.trainer.verify import REFERENCES
+
+    parser.add_argument(
+        "--method",
+        default="simclr",
+        metavar="NAME",
+        help=f"{', '.join(REFERENCES)} (default simclr)",
+    )
     parser.add_argument(
         "--steps", type=int, default=40, metavar="N", help="steps to compare (default 40)"
     )
@@ -89,7 +111,7 @@ def _add_verify_options(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=Path,
         default=Path("runs/verify"),
-        metavar="NAME",
+        metavar="DIR",
         help="folder for the plot (default runs/verify)",
     )
 
@@ -127,16 +149,23 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_reproduce_options(parser: argparse.ArgumentParser) -> None:
+    from fastssl.trainer.experiments import EXPERIMENTS
+
+    choices = "; ".join(
+        f"{', '.join(experiment.methods)} with {name}"
+        for name, experiment in EXPERIMENTS.items()
+        if experiment.methods
+    )
     # What is left out here has the default that the experiment gives it.
-    parser.add_argument("name", metavar="NAME", nargs="?", help="which one")
+    parser.add_argument("name", metavar="NAME", nargs="?", help=", ".join(EXPERIMENTS))
     for name, kind, metavar, help in (
         ("dataset", str, "NAME", "on which data set (default digits)"),
-        ("data-dir", Path, "NAME", "where data sets are kept (default data)"),
-        ("method", str, "NAME", "with which method, where there is a choice"),
+        ("data-dir", Path, "DIR", "where data sets are kept (default data)"),
+        ("method", str, "NAME", f"with which method, where there is a choice: {choices}"),
         ("labels", int, "N", "labelled images, of few-labels (default 200)"),
         ("epochs", int, "N", "passes over the images (default by experiment and data set)"),
         ("seeds", int, "N", "how often everything is trained (default 3)"),
-        ("out", Path, "NAME", "folder of the experiment (default runs/NAME-DATASET)"),
+        ("out", Path, "DIR", "folder of the experiment (default runs/NAME-DATASET)"),
     ):
         parser.add_argument(
             f"--{name}", type=kind, metavar=metavar, default=argparse.SUPPRESS, help=help
@@ -164,9 +193,10 @@ def _add_config_options(parser: argparse.ArgumentParser) -> None:
         help = option.metadata["help"]
         if option.metadata["choices"]:
             help += f": {', '.join(option.metadata['choices'])}"
-        if option.default not in (None, False):
+        if option.default is not None and kind is not bool:
             help += f" (default {option.default})"
-        value: dict[str, Any] = {"type": kind, "metavar": {int: "N", float: "X"}.get(kind, "NAME")}
+        word = "DIR" if option.name in ("data_dir", "out") else "NAME"
+        value: dict[str, Any] = {"type": kind, "metavar": {int: "N", float: "X"}.get(kind, word)}
         if kind is bool:
             value = {"action": argparse.BooleanOptionalAction}
         parser.add_argument(
@@ -178,13 +208,20 @@ def _add_config_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _pretrain(config: Path | None, resume: bool, **given: Any) -> int:
-    from fastssl.trainer import evaluate, loop, parallel
+    from fastssl.trainer import checkpoint, evaluate, loop, parallel
     from fastssl.trainer.config import Config, read_options
 
     options = {**(read_options(config) if config else {}), **given}
     out = Path(Config.from_dict(options).resolved().out or "")
-    if resume and (out / "config.yaml").exists():
-        options = {**read_options(out / "config.yaml"), **options, "out": str(out)}
+    if resume:
+        started, saved = {}, checkpoint.latest(out)
+        if (out / "config.yaml").exists():
+            started = read_options(out / "config.yaml")
+        elif saved:
+            started = checkpoint.load(saved)["config"]
+        if started:  # an option of one method or data set alone says nothing of another
+            loop.check_same(options, started, ("method", "dataset"), out)
+            options = {**started, **options, "out": str(out)}
     run = loop.pretrain(Config.from_dict(options), resume=resume)
     if not run.complete:
         return 130
@@ -192,26 +229,28 @@ def _pretrain(config: Path | None, resume: bool, **given: Any) -> int:
         return 0
     learned = evaluate.read_results(run.path)
     if learned is None:
-        learned = evaluate.evaluate_run(run.path)
+        learned = evaluate.evaluate_run(run.path, data=run.data)
         (run.path / "report.html").unlink(missing_ok=True)
     _print_learned(learned)
     if not (run.path / "report.html").exists():
-        return _report(run.path)
+        from fastssl.trainer import report
+
+        report.write_report(run.path, data=run.data)
     print(f"report: {run.path / 'report.html'}")
     return 0
 
 
-def _evaluate(run: Path, labels: Sequence[str]) -> int:
+def _evaluate(run: Path, data_dir: Path | None, labels: Sequence[str]) -> int:
     from fastssl.trainer import evaluate
 
-    _print_learned(evaluate.evaluate_run(run, labels=labels))
+    _print_learned(evaluate.evaluate_run(run, labels=labels, data_dir=data_dir))
     return 0
 
 
 def _print_learned(results: dict[str, Any]) -> None:
     """Print what ``evaluate_run`` found as a small table."""
     if "skipped" in results:
-        print(f"no table of results: {results['skipped']}")
+        print(f"evaluation skipped: {results['skipped']}")
         return
     from rich.console import Console
     from rich.table import Table
@@ -234,10 +273,10 @@ def _print_learned(results: dict[str, Any]) -> None:
     Console().print(table)
 
 
-def _report(run: Path) -> int:
+def _report(run: Path, data_dir: Path | None) -> int:
     from fastssl.trainer import report
 
-    print(f"report: {report.write_report(run)}")
+    print(f"report: {report.write_report(run, data_dir=data_dir)}")
     return 0
 
 
@@ -256,16 +295,18 @@ def _bench(plot: Sequence[Path] | None, record: Path | None, **options: str | No
     import pytest
     import pytest_benchmark  # noqa: F401 # named at once where it is missing
 
-    from fastssl.benchmarks import cases
+    from fastssl.benchmarks import cases, measure
 
     cases.choose(options["losses"], options["providers"])
+    measure.device_for(options["device"])
     given = {**options, "record": record and str(record.with_suffix(".json").absolute())}
     folder = Path(cases.__file__).resolve().parent
     # Nothing of a project that this command happens to run in: its options, plugins or caches.
     own = ["-c", os.devnull, f"--rootdir={folder}", f"--confcutdir={folder}", "-pno:cacheprovider"]
     quiet = ["-q", "--no-header", "--disable-warnings"]
     chosen = [f"--{name}={value}" for name, value in given.items() if value]
-    return int(pytest.main([str(folder), "--import-mode=importlib", *own, *quiet, *chosen]))
+    status = pytest.main([str(folder), "--import-mode=importlib", *own, *quiet, *chosen])
+    return 130 if status == pytest.ExitCode.INTERRUPTED else int(status)
 
 
 def _reproduce(name: str | None, **given: Any) -> int:

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fastssl.distributed import Group, gather_rows
+from fastssl.checks import check_count, check_embeddings, check_number, check_ranks
+from fastssl.distributed import Group, Ranks
 
 
 class MemoryBankModule(nn.Module):
@@ -71,18 +72,24 @@ class MemoryBankModule(nn.Module):
         Returns:
             output; a copy of the bank [D, rows], or [rows, D] without feature_dim_first, that needs
             no gradient, or None if the size is 0.
+
+        Raises:
+            TypeError: output is not a floating-point tensor.
+            ValueError: It is empty, or its shape is not that of the bank's rows.
         """
         if self.size[0] == 0:
             return output, None
+        ranks = check_ranks("output", output, update and self.gather_distributed, self.group)
         bank = self.rows_for(output).clone()
         if update:
-            self.update(output)
+            self._store(output, ranks)
         return output, bank.T if self.feature_dim_first else bank
 
     def rows_for(self, output: Tensor) -> Tensor:
         """Return the bank itself [rows, D], made for output's D if that was not given."""
+        check_embeddings("output", output)
         features = self.size[1] if len(self.size) == 2 else "D"
-        if output.dim() != 2 or features not in ("D", output.shape[1]):
+        if features not in ("D", output.shape[1]):
             raise ValueError(
                 f"output must have shape (N, {features}), for a bank of size {self.size}, "
                 f"got {tuple(output.shape)}"
@@ -92,11 +99,16 @@ class MemoryBankModule(nn.Module):
             self.bank = _random_rows(*self.size).to(self.bank)
         return self.bank
 
-    @torch.no_grad()
     def update(self, output: Tensor) -> None:
         """Put output's rows [N, D], or those of all ranks, in the places of the oldest."""
+        if self.size[0]:
+            ranks = check_ranks("output", output, self.gather_distributed, self.group)
+            self._store(output, ranks)
+
+    @torch.no_grad()
+    def _store(self, output: Tensor, ranks: Ranks | None) -> None:
         bank = self.rows_for(output)
-        rows = gather_rows(output, self.group)[0] if self.gather_distributed else output
+        rows = output if ranks is None else ranks.gather(output)
         places = (self.bank_ptr + torch.arange(len(rows), device=bank.device)) % len(bank)
         bank[places[-len(bank) :]] = rows[-len(bank) :].to(bank)
         self.bank_ptr.copy_((self.bank_ptr + len(rows)) % len(bank))
@@ -128,6 +140,7 @@ class SampleMemoryBank(nn.Module):
         ids: [num_samples], the index of each row.
 
     Raises:
+        TypeError: num_samples or dim is not a whole number, or momentum not a number.
         ValueError: num_samples or dim is less than 1, or momentum is not from 0 to 1.
 
     Example:
@@ -142,9 +155,9 @@ class SampleMemoryBank(nn.Module):
 
     def __init__(self, num_samples: int, dim: int, momentum: float = 0.5) -> None:
         super().__init__()
-        for name, count in (("num_samples", num_samples), ("dim", dim)):
-            if count < 1:
-                raise ValueError(f"{name} must be at least 1, got {count}")
+        check_count("num_samples", num_samples, 1)
+        check_count("dim", dim, 1)
+        check_number("momentum", momentum)
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum must be from 0 to 1, got {momentum}")
         self.momentum = momentum
@@ -152,11 +165,30 @@ class SampleMemoryBank(nn.Module):
         self.register_buffer("ids", torch.arange(num_samples), persistent=False)
 
     def forward(self, index: Tensor) -> Tensor:
-        """Return the rows [B, D] of the samples index [B]."""
+        """Return the rows [B, D] of the samples index [B], int64 or int32.
+
+        What index holds is not looked at outside a CPU, since that would stop the device.
+
+        Raises:
+            TypeError: index is not of integers of these types.
+            ValueError: It is of another shape, or names samples that there are not.
+        """
+        if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32):
+            got = index.dtype if isinstance(index, Tensor) else type(index).__name__
+            raise TypeError(f"index must be an int64 or int32 tensor, got {got}")
+        if index.dim() != 1:
+            raise ValueError(f"index must have shape (B,), got {tuple(index.shape)}")
+        if index.device.type == "cpu" and not torch.compiler.is_compiling():
+            wrong = index[(index < 0) | (index >= len(self.bank))]
+            if len(wrong):
+                raise ValueError(
+                    f"index must be from 0 to {len(self.bank) - 1}, got {wrong[0].item()}"
+                )
         return self.bank[index]
 
     def sample(self, count: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Return count rows [count, D] drawn with replacement, and whose they are [count]."""
+        check_count("count", count)
         device = self.bank.device if generator is None else generator.device
         ids = torch.randint(len(self.bank), (count,), generator=generator, device=device)
         ids = ids.to(self.bank.device)
@@ -170,17 +202,17 @@ class SampleMemoryBank(nn.Module):
         sample that is there several times, the mean of its embeddings counts.
 
         Raises:
-            TypeError: index is not of integers.
+            TypeError: index is not of int64 or int32, or z not of a supported dtype.
             ValueError: z and index do not go together, or with the bank.
         """
-        if index.is_floating_point() or index.dtype == torch.bool:
-            raise TypeError(f"index must be integers, got {str(index.dtype)[6:]}")
-        if z.dim() != 2 or z.shape[1] != self.bank.shape[1]:
+        check_embeddings("z", z)
+        if z.shape[1] != self.bank.shape[1]:
             raise ValueError(
                 f"z must have shape (B, {self.bank.shape[1]}), as the bank's rows, "
                 f"got {tuple(z.shape)}"
             )
-        if index.shape != z.shape[:1]:
+        before = self.forward(index)
+        if len(index) != len(z):
             raise ValueError(
                 f"index must have shape ({len(z)},), one for each row of z, "
                 f"got {tuple(index.shape)}"
@@ -190,7 +222,7 @@ class SampleMemoryBank(nn.Module):
         z = torch.cat([z, torch.ones_like(z[:, :1])], 1)  # the last column counts
         sums = torch.zeros_like(z).index_put_((group,), z, accumulate=True)[group]
         mean = sums[:, :-1] / sums[:, -1:]
-        rows = self.momentum * self.bank[index] + (1 - self.momentum) * mean
+        rows = self.momentum * before + (1 - self.momentum) * mean
         self.bank[index] = nn.functional.normalize(rows, dim=1)
 
     def extra_repr(self) -> str:

@@ -5,6 +5,7 @@ import importlib.util
 import sys
 from types import ModuleType, TracebackType
 
+from fastssl.checks import check_choice
 from fastssl.losses.clustering import SwaVLoss
 from fastssl.losses.contrastive import ClipLoss, DCLLoss, DCLWLoss, NTXentLoss, SigLipLoss
 from fastssl.losses.redundancy import BarlowTwinsLoss, VICRegLoss
@@ -97,10 +98,7 @@ def patch(library: str, *, verbose: bool = True) -> Patch:
         >>> with fastssl.patch("lightly"):  # doctest: +SKIP
         ...     criterion = lightly.loss.NTXentLoss()
     """
-    if library not in LIBRARIES:
-        raise ValueError(
-            f"library must be one of {', '.join(map(repr, LIBRARIES))}, got {library!r}"
-        )
+    check_choice("library", library, tuple(LIBRARIES))
     done = Patch(library)
     if verbose:
         print(done)

@@ -263,10 +263,11 @@ def sinkhorn_knopp(
     """Codes of SwAV (Caron et al. 2020, equation 5): rows sum to 1, prototypes are used alike.
 
     See ``fastssl.functional.sinkhorn_knopp`` for the arguments. The steps are those of the authors'
-    code, on logarithms, so that no score is too large.
+    code, on logarithms, so that no score is too large, and of differences from the largest score,
+    so that what all have in common costs no digits.
     """
     b, k = scores.shape
-    log_q = scores / epsilon
+    log_q = (scores - scores.detach().max()) / epsilon
     log_q = log_q - torch.logsumexp(log_q, (0, 1))
     for _ in range(iterations):
         log_q = log_q - torch.logsumexp(log_q, 0) - math.log(k)

@@ -27,7 +27,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from fastssl.kernels import energy, sigmoid, similarity, sinkhorn, soft_cross_entropy
+from fastssl.kernels import (
+    energy,
+    fixed_keys,
+    gpu,
+    pairs,
+    sigmoid,
+    similarity,
+    sinkhorn,
+    soft_cross_entropy,
+    two_views,
+)
 
 
 class Target(NamedTuple):
@@ -53,15 +63,13 @@ DTYPES = {
 
 
 class Similarity(NamedTuple):
-    """Which launchers of similarity.py, and whether ids are given; all that is left, both ways."""
+    """Which launchers of similarities, and whether ids are given; all that is left, both ways."""
 
     dtype: str
     features: int
     rows: int
     ids: bool
     launchers: str
-
-    module = similarity
 
     @property
     def variant(self):
@@ -74,15 +82,15 @@ class Similarity(NamedTuple):
         scale, row, both = torch.empty(()), torch.empty(self.rows), torch.empty(2 * self.rows)
         needs = (True, True, True)
         if self.launchers == "two_view":
-            similarity.two_view_lse_fwd(x, x, scale, ids)
-            similarity.two_view_lse_bwd(both, x, x, scale, ids, both, both, both, None, needs)
+            two_views.two_view_lse_fwd(x, x, scale, ids)
+            two_views.two_view_lse_bwd(both, x, x, scale, ids, both, both, both, None, needs)
         elif self.launchers == "class":
             classes = torch.empty(self.rows, dtype=torch.int64)
             similarity.class_lse_fwd(x, scale, classes, None)
             similarity.class_lse_bwd(row, x, scale, classes, None, row, row, row, needs[:2])
         elif self.launchers == "fixed_keys":
             for gradients in BOTH:
-                similarity.fixed_keys_lse_fwd(x, x, scale, ids, ids, gradients)
+                fixed_keys.fixed_keys_lse_fwd(x, x, scale, ids, ids, gradients)
         elif self.launchers == "similarity":
             for normalize in BOTH:
                 similarity.similarity_lse_fwd(x, x, scale, ids, ids, normalize)
@@ -91,8 +99,8 @@ class Similarity(NamedTuple):
                 )
         else:
             for normalize, columns in itertools.product(BOTH, BOTH):
-                similarity.pair_lse_fwd(x, x, scale, ids, 0, columns, normalize)
-                similarity.pair_lse_bwd(
+                pairs.pair_lse_fwd(x, x, scale, ids, 0, columns, normalize)
+                pairs.pair_lse_bwd(
                     row, row, x, x, scale, ids, 0, columns, *[row] * 6, normalize, needs
                 )
 
@@ -105,7 +113,6 @@ class Sigmoid(NamedTuple):
     rows: int
     ids: bool
 
-    module = sigmoid
     variant = Similarity.variant
 
     def launch(self, x):
@@ -123,8 +130,6 @@ class Energy(NamedTuple):
     rows: int
     variant: str
     dual: bool
-
-    module = energy
 
     def launch(self, x):
         """Call the launchers on rows x."""
@@ -149,8 +154,6 @@ class Sinkhorn(NamedTuple):
     rows: int
     iterations: int
 
-    module = sinkhorn
-
     @property
     def variant(self):
         """What is printed of it beside dtype and features."""
@@ -169,13 +172,11 @@ class SoftCrossEntropy(NamedTuple):
     rows: int
     variant: str
 
-    module = soft_cross_entropy
-
     def launch(self, x):
         """Call the launchers on logits x."""
         targets, row = x.to(DTYPES[self.variant][0]), torch.empty(self.rows)
         soft_cross_entropy.soft_cross_entropy_fwd(x, targets, 0.1)
-        soft_cross_entropy.soft_cross_entropy_bwd(row, x, targets, row, 0.1)
+        soft_cross_entropy.soft_cross_entropy_bwd(row, x, targets, row, row, 0.1)
 
 
 BOTH = [True, False]
@@ -260,8 +261,8 @@ def compile_case(name, case):
     torch.backends.cuda.matmul.fp32_precision = precision
     arch = mock.Mock(return_value=(name, target.multiprocessors))
     with (
-        mock.patch.object(case.module, "target", arch),
-        mock.patch.object(case.module, "launch", launch),
+        mock.patch.object(gpu, "target", arch),
+        mock.patch.object(gpu, "launch", launch),
         torch.device("meta"),
     ):
         case.launch(torch.empty(case.rows, case.features, dtype=dtype))

@@ -26,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastssl.kernels.launch import launch, precision_of, splits_of, target
+from fastssl.kernels import gpu
 
 CONSTANT = tl.constexpr(2.0**100)  # local factor of a constant feature: above that of any other
 SMALLEST_NORMAL = tl.constexpr(2.0**-126)
@@ -45,7 +45,7 @@ def launch_config(kernel, N, D, inputs, dtype, arch, multiprocessors):
         D: number of features.
         inputs: 2 views, or 1 where v is u.
         dtype: dtype of the rows.
-        arch: "sm_90", "gfx942", ... as ``target`` names it.
+        arch: "sm_90", "gfx942", ... as ``gpu.target`` names it.
         multiprocessors: how many of them the device has.
 
     Returns:
@@ -81,7 +81,7 @@ def launch_config(kernel, N, D, inputs, dtype, arch, multiprocessors):
     if kernel == "gram":
         blocks = triton.cdiv(N, block)
         steps = triton.cdiv(D, options["BLOCK_K"])
-        return options, splits_of(inputs * blocks * (blocks + 1) // 2, steps, multiprocessors)
+        return options, gpu.splits_of(inputs * blocks * (blocks + 1) // 2, steps, multiprocessors)
     if kernel == "panel":
         # As many rows as give each multiprocessor a few tiles in every product that they are in.
         fill = triton.cdiv(4 * multiprocessors * block * block, min(N, D))
@@ -646,7 +646,7 @@ def _statistics(u, v, eps, standardize, precision, options):
     symmetric = v is None
     diagonal, u_mean, u_factor = (u.new_empty(D, dtype=torch.float32) for _ in range(3))
     v_mean, v_factor = (u.new_empty(0 if symmetric else D, dtype=torch.float32) for _ in range(2))
-    launch(
+    gpu.launch(
         _moments_kernel,
         (triton.cdiv(D, options["BLOCK_F"]),),
         u_ptr=u,
@@ -667,7 +667,7 @@ def _statistics(u, v, eps, standardize, precision, options):
     if not standardize:
         u_local, v_local = u_factor, v_factor
         u_factor, v_factor = torch.empty_like(u_local), torch.empty_like(v_local)
-        launch(
+        gpu.launch(
             _common_factor_kernel,
             (triton.cdiv(D, 1024),),
             u_local_ptr=u_local,
@@ -688,7 +688,7 @@ def _outliers(diagonal, factor):
     outliers = torch.empty(OUTLIERS.value, dtype=torch.int32, device=diagonal.device)
     rest_factor, raised = torch.empty_like(diagonal), diagonal.new_empty(())
     pointers = {"outliers_ptr": outliers, "rest_factor_ptr": rest_factor, "raised_ptr": raised}
-    launch(
+    gpu.launch(
         _outliers_kernel,
         (1,),
         diagonal_ptr=diagonal,
@@ -706,7 +706,7 @@ def _outlier_rows(z, mean, factor, outliers, arch, *, keep):
     (N, D), block = z.shape, 32
     blocks = triton.cdiv(D, block)
     out = mean.new_empty((OUTLIERS.value, D) if keep else blocks)
-    launch(
+    gpu.launch(
         _outlier_rows_kernel,
         (blocks,),
         z_ptr=z,
@@ -719,7 +719,7 @@ def _outlier_rows(z, mean, factor, outliers, arch, *, keep):
         N=N,
         D=D,
         **_strides(z=z),
-        PRECISION=precision_of(torch.float32, arch),
+        PRECISION=gpu.precision_of(torch.float32, arch),
         BLOCK_N=block,
         BLOCK_F=block,
         num_warps=4,
@@ -738,7 +738,7 @@ def _gram_fwd(operands, u_gram, v_gram, symmetric, precision, config):
     sub = min(block, 64)
     shares = u_gram.new_empty(splits, inputs, pairs, block, block)
     partials = u_gram.new_empty((block // sub) ** 2, pairs)
-    launch(
+    gpu.launch(
         _gram_kernel,
         (pairs, splits, inputs),
         **operands,
@@ -747,7 +747,7 @@ def _gram_fwd(operands, u_gram, v_gram, symmetric, precision, config):
         PRECISION=precision,
         **options,
     )
-    launch(
+    gpu.launch(
         _gram_merge_kernel,
         (pairs, block // sub, block // sub),
         shares_ptr=shares,
@@ -787,7 +787,7 @@ def _panels_fwd(operands, h_u, h_v, symmetric, save, precision, config):
             triton.cdiv(outs[1] - outs[0], product_options["BLOCK_N"]),
         )
         z = operands[f"{name}_ptr"]
-        launch(
+        gpu.launch(
             _panel_product_kernel,
             product_grid,
             z_ptr=z,
@@ -812,7 +812,7 @@ def _panels_fwd(operands, h_u, h_v, symmetric, save, precision, config):
 
     first_partial = 0
     for (start, stop), first_col, grid in zip(panels, first_cols, grids, strict=True):
-        launch(
+        gpu.launch(
             _panel_kernel,
             grid,
             **operands,
@@ -862,9 +862,9 @@ def cross_energy_fwd(u, v, eps, standardize, dual, save):
         and empty where there is nothing to keep.
     """
     (N, D), symmetric = u.shape, v is None
-    arch, multiprocessors = target(u.device)
+    arch, multiprocessors = gpu.target(u.device)
     config = (N, D, 1 if symmetric else 2, u.dtype, arch, multiprocessors)
-    precision = precision_of(u.dtype, arch)
+    precision = gpu.precision_of(u.dtype, arch)
     with torch.cuda.device_of(u):
         options, _ = launch_config("columns", *config)
         u_mean, u_factor, v_mean, v_factor, diagonal = _statistics(
@@ -896,7 +896,7 @@ def cross_energy_fwd(u, v, eps, standardize, dual, save):
         else:
             partials = _panels_fwd(operands, *saved, save, precision, config)
         energy = partials.new_empty(())
-        launch(
+        gpu.launch(
             _energy_kernel,
             (1,),
             partials_ptr=partials,
@@ -921,7 +921,7 @@ def _gradient(
 ):  # fmt: skip
     """Gradient of one input; saved is its h, or on the dual route the other's Gram matrix."""
     (N, D), device = z.shape, z.device
-    arch, multiprocessors = target(device)
+    arch, multiprocessors = gpu.target(device)
     config = (N, D, 1 if symmetric else 2, z.dtype, arch, multiprocessors)
     h = saved
     if dual:
@@ -931,7 +931,7 @@ def _gradient(
             outliers = _outliers(diagonal, stats[1])
             outliers["far_c_ptr"] = _outlier_rows(z, *stats, outliers, arch, keep=True)
         h = torch.empty(N, D, dtype=torch.float32, device=device)
-        launch(
+        gpu.launch(
             _gram_bwd_kernel,
             (triton.cdiv(N, options["BLOCK_M"]), triton.cdiv(D, options["BLOCK_N"])),
             gram_ptr=saved,
@@ -948,12 +948,12 @@ def _gradient(
             D=D,
             gram_stride=N,
             **_strides(u=z, v=other),
-            PRECISION=precision_of(z.dtype, arch),
+            PRECISION=gpu.precision_of(z.dtype, arch),
             **options,
         )
     dz = torch.empty(N, D, dtype=z.dtype, device=device)
     options, _ = launch_config("columns", *config)
-    launch(
+    gpu.launch(
         _standardize_bwd_kernel,
         (triton.cdiv(D, options["BLOCK_F"]),),
         h_ptr=h,

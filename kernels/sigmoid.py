@@ -21,8 +21,9 @@ import torch
 import triton
 import triton.language as tl
 
-from fastssl.kernels.launch import LOG2E, launch, precision_of, splits_of, target
-from fastssl.kernels.similarity import _load_tile, strided
+from fastssl.kernels import gpu
+from fastssl.kernels.gpu import LOG2E
+from fastssl.kernels.tiles import load_tile
 
 FP16_WEIGHT = tl.constexpr(16384.0)  # times it, weights down to 2^-28 have every float16 digit
 PANEL_BYTES = 2**24  # a panel of weights may take this, the bytes of dk, or 256 rows
@@ -39,7 +40,7 @@ def launch_config(kernel, rows, columns, D, dtype, ids, arch, multiprocessors):
         D: number of features.
         dtype: dtype of the rows.
         ids: whether ids are compared, which takes registers.
-        arch: "sm_90", "gfx942", ... as ``target`` names it.
+        arch: "sm_90", "gfx942", ... as ``gpu.target`` names it.
         multiprocessors: how many of them the device has.
 
     Returns:
@@ -84,7 +85,7 @@ def launch_config(kernel, rows, columns, D, dtype, ids, arch, multiprocessors):
     programs = triton.cdiv(rows, options["BLOCK_M"])
     if kernel == "product":
         programs *= triton.cdiv(D, options["BLOCK_D"])
-    return options, splits_of(programs, triton.cdiv(columns, options["BLOCK_N"]), slots)
+    return options, gpu.splits_of(programs, triton.cdiv(columns, options["BLOCK_N"]), slots)
 
 
 @triton.jit
@@ -124,7 +125,7 @@ def _sigmoid_fwd_kernel(
     rows = row_start + tl.arange(0, BLOCK_M)
     if D <= BLOCK_D:
         feats = tl.arange(0, BLOCK_D)
-        x = _load_tile(x_ptr, rows, M, x_stride_n, x_stride_d, feats, D)
+        x = load_tile(x_ptr, rows, M, x_stride_n, x_stride_d, feats, D)
     if x_ids_ptr is not None:
         x_ids = tl.load(x_ids_ptr + rows, mask=rows < M, other=0)
 
@@ -138,14 +139,14 @@ def _sigmoid_fwd_kernel(
     for col_start in range(start, tl.minimum(start + share, N), BLOCK_N):
         cols = col_start + tl.arange(0, BLOCK_N)
         if D <= BLOCK_D:
-            y = _load_tile(y_ptr, cols, N, y_stride_n, y_stride_d, feats, D)
+            y = load_tile(y_ptr, cols, N, y_stride_n, y_stride_d, feats, D)
             products = tl.dot(x, tl.trans(y), input_precision=PRECISION)
         else:
             products = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             for d in range(0, D, BLOCK_D):
                 feats = d + tl.arange(0, BLOCK_D)
-                x = _load_tile(x_ptr, rows, M, x_stride_n, x_stride_d, feats, D)
-                y = _load_tile(y_ptr, cols, N, y_stride_n, y_stride_d, feats, D)
+                x = load_tile(x_ptr, rows, M, x_stride_n, x_stride_d, feats, D)
+                y = load_tile(y_ptr, cols, N, y_stride_n, y_stride_d, feats, D)
                 products = tl.dot(x, tl.trans(y), products, input_precision=PRECISION)
 
         scores = products * scale + bias
@@ -220,7 +221,7 @@ def _sigmoid_product_kernel(
             + cols.to(tl.int64)[None, :] * weights_stride_n
         )
         weights = tl.load(weights_ptr + tile)
-        y = _load_tile(y_ptr, cols, N, y_stride_n, y_stride_d, feats, D)
+        y = load_tile(y_ptr, cols, N, y_stride_n, y_stride_d, feats, D)
         acc = tl.dot(weights, y, acc, input_precision=PRECISION)
 
     acc *= tl.load(scale_ptr) / GAIN
@@ -241,10 +242,10 @@ def _scores(x, y, scale, bias, ids, first, options, splits, *, sums, dx, weights
     """Make sums (terms, dscale, dbias), dx and weights, each where it is not None."""
     terms, dscale, dbias = sums
     row_ids, col_ids = ids
-    launch(
+    gpu.launch(
         _sigmoid_fwd_kernel,
         (triton.cdiv(len(x), options["BLOCK_M"]), splits),
-        **strided(x=x, y=y),
+        **gpu.strided(x=x, y=y),
         x_ids_ptr=row_ids,
         y_ids_ptr=col_ids,
         scale_ptr=scale,
@@ -261,7 +262,7 @@ def _scores(x, y, scale, bias, ids, first, options, splits, *, sums, dx, weights
         part_stride=part_stride,
         weights_stride=0 if weights is None else weights.stride(0),
         D=x.shape[1],
-        PRECISION=precision_of(x.dtype, target(x.device)[0]),
+        PRECISION=gpu.precision_of(x.dtype, gpu.target(x.device)[0]),
         PAIRED=first is not None,
         **options,
     )
@@ -270,15 +271,15 @@ def _scores(x, y, scale, bias, ids, first, options, splits, *, sums, dx, weights
 def _product(weights, y, scale, dx, begun):
     """Store s weights y in dx, or add it to dx where that has begun."""
     (M, D), N = dx.shape, len(y)
-    arch, multiprocessors = target(y.device)
+    arch, multiprocessors = gpu.target(y.device)
     options, splits = launch_config("product", M, N, D, y.dtype, False, arch, multiprocessors)
     whole = splits == 1
     parts = dx if whole else dx.new_empty(splits, M, D)
-    launch(
+    gpu.launch(
         _sigmoid_product_kernel,
         (triton.cdiv(M, options["BLOCK_M"]), triton.cdiv(D, options["BLOCK_D"]), splits),
         weights_ptr=weights,
-        **strided(y=y),
+        **gpu.strided(y=y),
         scale_ptr=scale,
         dx_ptr=parts,
         M=M,
@@ -288,7 +289,7 @@ def _product(weights, y, scale, dx, begun):
         weights_stride_m=weights.stride(0),
         weights_stride_n=weights.stride(1),
         D=D,
-        PRECISION=precision_of(y.dtype, arch),
+        PRECISION=gpu.precision_of(y.dtype, arch),
         **options,
     )
     if not whole:
@@ -315,7 +316,7 @@ def sigmoid_fwd(q, k, scale, bias, ids, first, needs):
         for each gradient that is not needed.
     """
     (M, D), N = q.shape, len(k)
-    config = D, q.dtype, ids is not None, *target(q.device)
+    config = D, q.dtype, ids is not None, *gpu.target(q.device)
     narrow = launch_config("rows", N, M, *config)  # of the walk for dk
     panels = narrow is None and (needs[0] or needs[1])
     step = _panel_rows(M, N, D, q.element_size()) if panels else M

@@ -23,7 +23,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fastssl.kernels.launch import LOG2E, launch, target
+from fastssl.kernels import gpu
+from fastssl.kernels.gpu import LOG2E
 
 WIDEST = 8192  # columns of a row that is kept in registers
 WORKSPACE = 2**21  # numbers: 8 MiB
@@ -39,7 +40,7 @@ def launch_config(kernel, B, K, dtype, arch, multiprocessors):
         B: number of samples.
         K: number of prototypes.
         dtype: dtype of the scores.
-        arch: "sm_90", "gfx942", ... as ``target`` names it.
+        arch: "sm_90", "gfx942", ... as ``gpu.target`` names it.
         multiprocessors: how many of them the device has.
 
     Returns:
@@ -79,18 +80,18 @@ def _rows(B, step, programs, shares):
 
 # A new value must not compile a new kernel. ALIGNMENT divides K and the distance of two rows: that
 # they are multiples of it tells the compiler how wide loads may be.
-_COUNTS = ["B", "K", "stride_b", "rows_per_share", "shares"]
+COUNTS = ["B", "K", "stride_b", "rows_per_share", "shares"]
 
 
 @triton.jit
-def _tile(rows, cols, B, K, stride_b, stride_k, ALIGNMENT: tl.constexpr):
+def tile_at(rows, cols, B, K, stride_b, stride_k, ALIGNMENT: tl.constexpr):
     """Offsets and mask of [rows, cols]."""
     row_at = rows.to(tl.int64)[:, None] * (stride_b // ALIGNMENT * ALIGNMENT)
     mask = (rows < B)[:, None] & (cols < K // ALIGNMENT * ALIGNMENT)[None, :]
     return row_at + cols.to(tl.int64)[None, :] * stride_k, mask
 
 
-@triton.jit(do_not_specialize=_COUNTS)
+@triton.jit(do_not_specialize=COUNTS)
 def _sinkhorn_column_kernel(
     scores_ptr, top_ptr, rest_ptr, f_ptr, parts_ptr,
     epsilon, B, K, rows_per_share, stride_b, stride_k,
@@ -108,7 +109,7 @@ def _sinkhorn_column_kernel(
     first = share * rows_per_share
     for start in range(first, tl.minimum(first + rows_per_share, B), BLOCK_B):
         rows = start + tl.arange(0, BLOCK_B)
-        at, mask = _tile(rows, cols, B, K, stride_b, stride_k, ALIGNMENT)
+        at, mask = tile_at(rows, cols, B, K, stride_b, stride_k, ALIGNMENT)
         z = tl.load(scores_ptr + at, mask=mask, other=0.0).to(tl.float32)
         if f_ptr is None:
             z = tl.where((rows < B)[:, None], z, -float("inf"))
@@ -126,7 +127,7 @@ def _sinkhorn_column_kernel(
         tl.store(parts + tl.num_programs(1).to(tl.int64) * K, top, mask=cols < K)
 
 
-@triton.jit(do_not_specialize=_COUNTS)
+@triton.jit(do_not_specialize=COUNTS)
 def _sinkhorn_merge_kernel(
     parts_ptr, top_ptr, previous_ptr, rest_ptr, epsilon, B, K, shares,
     BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -164,7 +165,7 @@ def _sinkhorn_merge_kernel(
     tl.store(rest_ptr + cols, rest - tl.log2(col_total), mask=cols < K)
 
 
-@triton.jit(do_not_specialize=_COUNTS)
+@triton.jit(do_not_specialize=COUNTS)
 def _sinkhorn_row_kernel(
     scores_ptr, top_ptr, rest_ptr, sums_ptr, codes_ptr,
     epsilon, B, K, rows_per_share, stride_b, stride_k,
@@ -180,7 +181,7 @@ def _sinkhorn_row_kernel(
     first = share * rows_per_share
     for start in range(first, tl.minimum(first + rows_per_share, B), BLOCK_B):
         rows = start + tl.arange(0, BLOCK_B)
-        at, mask = _tile(rows, cols, B, K, stride_b, stride_k, ALIGNMENT)
+        at, mask = tile_at(rows, cols, B, K, stride_b, stride_k, ALIGNMENT)
         z = tl.load(scores_ptr + at, mask=mask, other=0.0).to(tl.float32)
         z = (z - col_top[None, :]) * scale + rest[None, :]
         e = tl.exp2(z - tl.max(z, 1)[:, None])
@@ -189,7 +190,7 @@ def _sinkhorn_row_kernel(
         if codes_ptr is None:
             sums += tl.sum(codes, 0)
         else:
-            at, _ = _tile(rows, cols, B, K, K, 1, ALIGNMENT)
+            at, _ = tile_at(rows, cols, B, K, K, 1, ALIGNMENT)
             tl.store(codes_ptr + at, codes.to(codes_ptr.dtype.element_ty), mask=mask)
     if codes_ptr is None:
         tl.store(sums_ptr + share.to(tl.int64) * K + cols, sums, mask=cols < K)
@@ -201,14 +202,14 @@ def _load_shifted(
     ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
     """Exponents x + g, -inf beyond the last column."""
-    at, mask = _tile(rows, cols, B, K, stride_b, stride_k, ALIGNMENT)
+    at, mask = tile_at(rows, cols, B, K, stride_b, stride_k, ALIGNMENT)
     top = tl.load(top_ptr + cols, mask=cols < K, other=0.0)
     rest = tl.load(rest_ptr + cols, mask=cols < K, other=-float("inf"))
     z = tl.load(scores_ptr + at, mask=mask, other=0.0).to(tl.float32)
     return (z - top[None, :]) * scale + rest[None, :]
 
 
-@triton.jit(do_not_specialize=_COUNTS)
+@triton.jit(do_not_specialize=COUNTS)
 def _sinkhorn_wide_row_kernel(
     scores_ptr, top_ptr, rest_ptr, f_ptr, codes_ptr,
     epsilon, B, K, stride_b, stride_k,
@@ -239,11 +240,11 @@ def _sinkhorn_wide_row_kernel(
                 scale, B, K, stride_b, stride_k, ALIGNMENT,
             )  # fmt: skip
             codes = tl.exp2(z - top[:, None]) * (1 / total)[:, None]
-            at, mask = _tile(rows, cols, B, K, K, 1, ALIGNMENT)
+            at, mask = tile_at(rows, cols, B, K, K, 1, ALIGNMENT)
             tl.store(codes_ptr + at, codes.to(codes_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=_COUNTS)
+@triton.jit(do_not_specialize=COUNTS)
 def _sinkhorn_codes_kernel(
     scores_ptr, top_ptr, total_ptr, codes_ptr,
     epsilon, B, K, stride_b, stride_k,
@@ -252,10 +253,10 @@ def _sinkhorn_codes_kernel(
     """B exp(x) / sum exp(x)."""
     rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     cols = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    at, mask = _tile(rows, cols, B, K, stride_b, stride_k, ALIGNMENT)
+    at, mask = tile_at(rows, cols, B, K, stride_b, stride_k, ALIGNMENT)
     z = tl.load(scores_ptr + at, mask=mask, other=0.0).to(tl.float32)
     codes = tl.exp2((z - tl.load(top_ptr)) * (LOG2E / epsilon)) * (B / tl.load(total_ptr))
-    at, _ = _tile(rows, cols, B, K, K, 1, ALIGNMENT)
+    at, _ = tile_at(rows, cols, B, K, K, 1, ALIGNMENT)
     tl.store(codes_ptr + at, codes.to(codes_ptr.dtype.element_ty), mask=mask)
 
 
@@ -274,7 +275,7 @@ def sinkhorn_fwd(scores, epsilon, iterations, samples=0, reduce=None):
     """
     (B, K), device = scores.shape, scores.device
     samples = samples or B
-    arch, multiprocessors = target(device)
+    arch, multiprocessors = gpu.target(device)
     config = (B, K, scores.dtype, arch, multiprocessors)
     stride_b, stride_k = scores.stride()
     matrix = {
@@ -294,7 +295,7 @@ def sinkhorn_fwd(scores, epsilon, iterations, samples=0, reduce=None):
         options, rows = launch_config("column", *config)
         shares = triton.cdiv(B, rows)
         parts = torch.empty(2 if f is None else 1, shares, K, dtype=torch.float32, device=device)
-        launch(
+        gpu.launch(
             _sinkhorn_column_kernel,
             (triton.cdiv(K, options["BLOCK_K"]), shares),
             **matrix,
@@ -324,7 +325,7 @@ def sinkhorn_fwd(scores, epsilon, iterations, samples=0, reduce=None):
     def merge(parts):
         options, _ = launch_config("merge", *config)
         following = torch.empty(K, dtype=torch.float32, device=device)
-        launch(
+        gpu.launch(
             _sinkhorn_merge_kernel,
             (triton.cdiv(K, options["BLOCK_K"]),),
             parts_ptr=parts,
@@ -346,7 +347,7 @@ def sinkhorn_fwd(scores, epsilon, iterations, samples=0, reduce=None):
             total = (totals * torch.exp((tops - largest) / epsilon)).sum()
             total *= B / samples  # the kernel multiplies by B
             options, rows = launch_config("codes", *config)
-            launch(
+            gpu.launch(
                 _sinkhorn_codes_kernel,
                 (triton.cdiv(B, rows), triton.cdiv(K, options["BLOCK_K"])),
                 **matrix,
@@ -362,7 +363,7 @@ def sinkhorn_fwd(scores, epsilon, iterations, samples=0, reduce=None):
             for left in reversed(range(iterations)):
                 rest = merge(parts)
                 parts = torch.empty(shares, K, dtype=torch.float32, device=device) if left else None
-                launch(
+                gpu.launch(
                     _sinkhorn_row_kernel,
                     (shares,),
                     **matrix,
@@ -380,7 +381,7 @@ def sinkhorn_fwd(scores, epsilon, iterations, samples=0, reduce=None):
             for left in reversed(range(iterations)):
                 rest = merge(column_parts())
                 f = torch.empty(B, dtype=torch.float32, device=device) if left else None
-                launch(
+                gpu.launch(
                     _sinkhorn_wide_row_kernel,
                     (triton.cdiv(B, rows),),
                     **matrix,

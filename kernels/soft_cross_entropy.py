@@ -17,8 +17,9 @@ import torch
 import triton
 import triton.language as tl
 
-from fastssl.kernels.launch import LN2, LOG2E, launch, target
-from fastssl.kernels.sinkhorn import _COUNTS, _tile
+from fastssl.kernels import gpu
+from fastssl.kernels.gpu import LN2, LOG2E
+from fastssl.kernels.sinkhorn import COUNTS, tile_at
 
 WIDEST = 16384  # columns of a row that is kept in registers
 
@@ -31,7 +32,7 @@ def launch_config(kernel, B, K, arch, multiprocessors):
         kernel: "fwd" or "bwd".
         B: number of rows.
         K: number of columns.
-        arch: "sm_90", "gfx942", ... as ``target`` names it.
+        arch: "sm_90", "gfx942", ... as ``gpu.target`` names it.
         multiprocessors: how many of them the device has.
     """
     block_k = max(16, triton.next_power_of_2(K))
@@ -53,9 +54,9 @@ def _load(
     ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
     """Logits and targets in float32; logits are -inf beyond the last column."""
-    at, mask = _tile(rows, cols, B, K, logits_stride_b, logits_stride_k, ALIGNMENT)
+    at, mask = tile_at(rows, cols, B, K, logits_stride_b, logits_stride_k, ALIGNMENT)
     z = tl.load(logits_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    at, _ = _tile(rows, cols, B, K, targets_stride_b, targets_stride_k, ALIGNMENT)
+    at, _ = tile_at(rows, cols, B, K, targets_stride_b, targets_stride_k, ALIGNMENT)
     t = tl.load(targets_ptr + at, mask=mask, other=0.0).to(tl.float32)
     return tl.where((cols < K)[None, :], z, -float("inf")), t
 
@@ -68,9 +69,9 @@ def _online(top, totals, z, scale):
     return new_top, totals + tl.exp2((z - new_top[:, None]) * scale)
 
 
-@triton.jit(do_not_specialize=[*_COUNTS, "logits_stride_b", "targets_stride_b"])
+@triton.jit(do_not_specialize=[*COUNTS, "logits_stride_b", "targets_stride_b"])
 def _soft_cross_entropy_fwd_kernel(
-    logits_ptr, targets_ptr, loss_ptr, lse_ptr, temperature,
+    logits_ptr, targets_ptr, loss_ptr, top_ptr, total_ptr, temperature,
     B, K, logits_stride_b, logits_stride_k, targets_stride_b, targets_stride_k,
     ALIGNMENT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -92,13 +93,14 @@ def _soft_cross_entropy_fwd_kernel(
         costs += t * tl.where((cols < K)[None, :], new_top[:, None] - z, 0.0)
         masses += t
         top = new_top
-    log_total = tl.log2(tl.sum(totals, 1)) * LN2
-    loss = tl.sum(costs, 1) / temperature + tl.sum(masses, 1) * log_total
+    total = tl.sum(totals, 1)
+    loss = tl.sum(costs, 1) / temperature + tl.sum(masses, 1) * tl.log2(total) * LN2
     tl.store(loss_ptr + rows, loss, mask=rows < B)
-    tl.store(lse_ptr + rows, top / temperature + log_total, mask=rows < B)
+    tl.store(top_ptr + rows, top, mask=rows < B)
+    tl.store(total_ptr + rows, total, mask=rows < B)
 
 
-@triton.jit(do_not_specialize=[*_COUNTS, "logits_stride_b", "targets_stride_b", "dloss_stride"])
+@triton.jit(do_not_specialize=[*COUNTS, "logits_stride_b", "targets_stride_b", "dloss_stride"])
 def _soft_cross_entropy_bwd_kernel(
     dloss_ptr, logits_ptr, targets_ptr, dlogits_ptr, temperature,
     B, K, dloss_stride, logits_stride_b, logits_stride_k, targets_stride_b, targets_stride_k,
@@ -117,7 +119,7 @@ def _soft_cross_entropy_bwd_kernel(
         )  # fmt: skip
         e = tl.exp2((z - tl.max(z, 1)[:, None]) * scale)
         e *= (tl.sum(t, 1) / tl.sum(e, 1))[:, None]
-        at, mask = _tile(rows, cols, B, K, K, 1, ALIGNMENT)
+        at, mask = tile_at(rows, cols, B, K, K, 1, ALIGNMENT)
         tl.store(dlogits_ptr + at, (weight[:, None] * (e - t)).to(dtype), mask=mask)
     else:
         top = tl.full([BLOCK_B], -float("inf"), tl.float32)
@@ -138,7 +140,7 @@ def _soft_cross_entropy_bwd_kernel(
                 logits_stride_b, logits_stride_k, targets_stride_b, targets_stride_k, ALIGNMENT,
             )  # fmt: skip
             e = tl.exp2((z - top[:, None]) * scale) * gain[:, None]
-            at, mask = _tile(rows, cols, B, K, K, 1, ALIGNMENT)
+            at, mask = tile_at(rows, cols, B, K, K, 1, ALIGNMENT)
             tl.store(dlogits_ptr + at, (weight[:, None] * (e - t)).to(dtype), mask=mask)
 
 
@@ -146,7 +148,7 @@ def _arguments(kernel, logits, targets, temperature):
     """Grid and keyword arguments that both kernels take."""
     (B, K), (logits_stride_b, logits_stride_k) = logits.shape, logits.stride()
     targets_stride_b, targets_stride_k = targets.stride()
-    options = launch_config(kernel, B, K, *target(logits.device))
+    options = launch_config(kernel, B, K, *gpu.target(logits.device))
     dense = logits_stride_k == targets_stride_k == 1
     return (triton.cdiv(B, options["BLOCK_B"]),), {
         "logits_ptr": logits,
@@ -172,26 +174,33 @@ def soft_cross_entropy_fwd(logits, targets, temperature):
         temperature: float.
 
     Returns:
-        loss and lse, the log-sum-exp of logits / temperature, [B] float32 each.
+        loss; the largest logit; the sum of exp((logits - largest) / temperature); [B] float32 each.
     """
-    loss, lse = (
-        torch.empty(len(logits), dtype=torch.float32, device=logits.device) for _ in range(2)
+    loss, top, total = (
+        torch.empty(len(logits), dtype=torch.float32, device=logits.device) for _ in range(3)
     )
     with torch.cuda.device_of(logits):
         grid, arguments = _arguments("fwd", logits, targets, temperature)
-        launch(_soft_cross_entropy_fwd_kernel, grid, **arguments, loss_ptr=loss, lse_ptr=lse)
-    return loss, lse
+        gpu.launch(
+            _soft_cross_entropy_fwd_kernel,
+            grid,
+            **arguments,
+            loss_ptr=loss,
+            top_ptr=top,
+            total_ptr=total,
+        )
+    return loss, top, total
 
 
-def soft_cross_entropy_bwd(dloss, logits, targets, lse, temperature):
+def soft_cross_entropy_bwd(dloss, logits, targets, top, total, temperature):
     """Gradient of ``soft_cross_entropy_fwd``.
 
     Args:
         dloss: [B] float32, any stride.
         logits: [B, K] as in the forward pass, like targets and temperature.
         targets: [B, K].
-        lse: [B]; not read. The whole row is at hand, and its maximum and sum have digits that a
-            rounded log-sum-exp of large logits has not.
+        top: [B], of the forward pass; not read, nor is total: the whole row is at hand.
+        total: [B].
         temperature: float.
 
     Returns:
@@ -200,7 +209,7 @@ def soft_cross_entropy_bwd(dloss, logits, targets, lse, temperature):
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     with torch.cuda.device_of(logits):
         grid, arguments = _arguments("bwd", logits, targets, temperature)
-        launch(
+        gpu.launch(
             _soft_cross_entropy_bwd_kernel,
             grid,
             **arguments,

@@ -8,11 +8,15 @@ from types import ModuleType
 
 import pytest
 
-similarity = pytest.importorskip("fastssl.kernels.similarity")
-sigmoid = pytest.importorskip("fastssl.kernels.sigmoid")
 energy = pytest.importorskip("fastssl.kernels.energy")
+fixed_keys = pytest.importorskip("fastssl.kernels.fixed_keys")
+pairs = pytest.importorskip("fastssl.kernels.pairs")
+sigmoid = pytest.importorskip("fastssl.kernels.sigmoid")
+similarity = pytest.importorskip("fastssl.kernels.similarity")
 sinkhorn = pytest.importorskip("fastssl.kernels.sinkhorn")
 soft_cross_entropy = pytest.importorskip("fastssl.kernels.soft_cross_entropy")
+tiles = pytest.importorskip("fastssl.kernels.tiles")
+two_views = pytest.importorskip("fastssl.kernels.two_views")
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -67,8 +71,7 @@ def test_every_kernel_fits_every_target(dtype: str, features: str, rows: list[st
     case = ("--dtype", dtype, "--features", features, "--rows", *rows, "--ids", "with")
     case = ("--primitive", "similarity", "--launchers", "two_view", "similarity", *case)
     compiled = targets_and_kernels(table(*case))
-    others = ("pair_", "fixed_keys_")
-    expected = {name for name in kernels(similarity) if not name.startswith(others)}
+    expected = kernels(tiles) | kernels(similarity) | kernels(two_views)
     if len(rows) == 1:
         expected.remove("similarity_lse_bwd_finish")  # only few rows need it
     assert compiled == set(itertools.product(TARGETS, expected))
@@ -78,8 +81,7 @@ def test_every_kernel_fits_every_target(dtype: str, features: str, rows: list[st
 def test_every_kernel_of_classes_and_fixed_keys_fits_every_target() -> None:
     case = ("--dtype", "bfloat16", "--features", "128", "--rows", "4096", "--ids", "with")
     compiled = table("--primitive", "similarity", "--launchers", "class", "fixed_keys", *case)
-    others = ("pair_", "two_view_")
-    expected = {name for name in kernels(similarity) if not name.startswith(others)}
+    expected = kernels(tiles) | kernels(similarity) | kernels(fixed_keys)
     assert targets_and_kernels(compiled) == set(itertools.product(TARGETS, expected))
 
 
@@ -87,8 +89,7 @@ def test_every_kernel_of_classes_and_fixed_keys_fits_every_target() -> None:
 def test_every_kernel_of_pairs_fits_every_target() -> None:
     case = ("--dtype", "bfloat16", "--features", "768", "--rows", "65536", "--ids", "with")
     compiled = table("--primitive", "similarity", "--launchers", "pair", *case)
-    pairs = {name for name in kernels(similarity) if name.startswith("pair_")}
-    expected = pairs | {"rnorm", "similarity_lse_fwd", "lse_finish"}
+    expected = kernels(tiles) | kernels(pairs) | {"similarity_lse_fwd"}
     assert targets_and_kernels(compiled) == set(itertools.product(TARGETS, expected))
 
 
@@ -118,3 +119,14 @@ def test_every_clustering_kernel_fits_every_target(dtype: str) -> None:
     compiled = table("--primitive", "sinkhorn", "soft_cross_entropy", *case)
     expected = kernels(sinkhorn) | kernels(soft_cross_entropy)
     assert targets_and_kernels(compiled) == set(itertools.product(TARGETS, expected))
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "primitive", ["similarity", "sigmoid", "energy", "sinkhorn", "soft_cross_entropy"]
+)
+def test_every_launch_configuration_fits(primitive: str, target: str) -> None:
+    """Of every width, type and number of rows that the command's own table has."""
+    assert table("--primitive", primitive, "--target", target)

@@ -258,13 +258,39 @@ def test_recorded_files_are_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert not (tmp_path / "gpu-dcl.svg").exists()
 
 
+def test_what_cannot_be_drawn_is_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "other.json"
+    for content in ('{"knn": 1}', "[1]", "{", '{"rows": [{}]}'):
+        file.write_text(content)
+        assert cli.main(["bench", "--plot", str(file)]) == 2
+        error = capsys.readouterr().err
+        assert error == f"fastssl: error: plot: {file} is not a file that bench --record wrote\n"
+    alone = row("DCL", (64, 8), "fastssl", seconds=1.0, extra_bytes=1, share_of_rate=1.0)
+    file.write_text(json.dumps({"machine": {"threads": 2}, "rows": [alone]}))
+    assert cli.main(["bench", "--plot", str(file)]) == 0
+    printed = capsys.readouterr().out
+    assert printed == f"{file}: nothing to draw, no loss has times at two sizes\n"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_a_gpu_that_is_not_there_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "--device", "cuda"]) == 2
+    error = capsys.readouterr().err
+    assert error == "fastssl: error: device must be cpu on this machine, got 'cuda'\n"
+
+
+def test_an_interrupted_suite_ends_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pytest, "main", lambda _: pytest.ExitCode.INTERRUPTED)
+    assert cli.main(["bench", "--sizes", "tiny"]) == 130
+
+
 def test_tables_hold_what_was_recorded_and_what_failed() -> None:
     rows = [
         *grown(2, 1)[:1],
         row("NT-Xent", (256, 128), "lightly", failed="out of memory"),
     ]
     assert report.table(rows, ["NT-Xent"]).splitlines() == [
-        "| NT-Xent | fastssl | lightly | of the machine's rate |",
+        "| NT-Xent | fastssl | lightly | share of the floor |",
         "|---|---|---|---|",
         "| 256 x 128 | 0.2 ms, 0 MiB | out of memory | 50% |",
     ]
@@ -316,4 +342,4 @@ def test_a_missing_extra_is_named(
     monkeypatch.setitem(sys.modules, "pytest_benchmark", None)
     assert cli.main(["bench"]) == 2
     error = capsys.readouterr().err
-    assert "pytest_benchmark is not installed; pip install 'fastssl-losses[bench]'" in error
+    assert "pytest_benchmark is not installed; fastssl's 'bench' extra has it" in error

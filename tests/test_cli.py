@@ -94,7 +94,10 @@ def test_the_command_line_overrides_the_file(folder, capsys):
         ("pretrain --method simclr3", "method cannot be 'simclr3'; did you mean 'simclr'?"),
         ("pretrain --dataset digit", "did you mean 'digits'?"),
         ("pretrain --epochs ten", "argument --epochs: invalid int value: 'ten'"),
-        ("pretrain --epoch 3", "unrecognized arguments: --epoch 3"),
+        (
+            "pretrain --epoch 3",
+            "unrecognized arguments: --epoch 3 (see fastssl pretrain --help)",
+        ),
         ("pretrain --prototypes 9", "prototypes is for method 'swav' only, got 9 with method"),
         (
             "pretrain --method swav --local-scale-min 0.9",
@@ -102,6 +105,11 @@ def test_the_command_line_overrides_the_file(folder, capsys):
         ),
         ("pretrain --temperature 0", "temperature must be a finite number above 0, got 0.0"),
         ("pretrain --config nothing.yaml", "config file nothing.yaml cannot be read"),
+        (
+            "pretrain --config byol-imagenett",
+            "there is none, and no preset 'byol-imagenett'; did you mean 'byol-imagenet'?",
+        ),
+        ("pretrain --config broken.yaml", 'in "broken.yaml", line 2'),
         ("pretrain --config words.yaml", "config file words.yaml must hold lines such as"),
         ("pretrain --config typo.yaml", "unknown option 'epohcs'; did you mean 'epochs'?"),
         ("pretrain --dataset folder --data-dir empty", "data_dir: no images in empty"),
@@ -119,6 +127,7 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path, monkeypatch, capsys, argum
     (tmp_path / "empty").mkdir()
     (tmp_path / "words.yaml").write_text("just words")
     (tmp_path / "typo.yaml").write_text("epohcs: 3")
+    (tmp_path / "broken.yaml").write_text("epochs: 3\nlr: [1, 2\n")
     try:
         status = cli.main(arguments.split())
     except SystemExit as exit:
@@ -128,6 +137,63 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path, monkeypatch, capsys, argum
     assert error.startswith("fastssl")
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_images_that_moved_are_found_by_data_dir(folder, capsys):
+    arguments = ["pretrain", *OPTIONS, "--epochs", "1", "--out", "run"]
+    assert cli.main(arguments) == 0
+    (folder / "images").rename(folder / "moved")
+    (folder / "run" / "evaluation.json").unlink()
+    for command in ("pretrain --resume --out run", "evaluate run --labels 20", "report run"):
+        capsys.readouterr()
+        assert cli.main(command.split()) == 2
+        assert "data_dir must be a folder of images" in capsys.readouterr().err
+        assert cli.main([*command.split(), "--data-dir", "moved"]) == 0
+
+
+def test_damaged_images_are_looked_for_once(folder, capsys):
+    (folder / "images" / "red" / "bad.png").write_bytes(b"")
+    arguments = ["pretrain", *OPTIONS, "--damaged", "skip", "--epochs", "1", "--out", "run"]
+    assert cli.main(arguments) == 0
+    assert capsys.readouterr().out.count("images are damaged and left out") == 1
+
+
+def test_a_folder_without_classes_is_told_once(folder, capsys):
+    assert cli.main(["pretrain", *OPTIONS, "--data-dir", "images/red", "--epochs", "1"]) == 0
+    assert capsys.readouterr().out.count("has no labels") == 1
+
+
+def test_a_run_of_another_method_is_named_before_its_options(folder, capsys):
+    arguments = ["pretrain", *OPTIONS, "--epochs", "1", "--out", "run"]
+    assert cli.main(arguments) == 0
+    capsys.readouterr()
+    assert cli.main(["pretrain", "--method", "barlow", "--resume", "--out", "run"]) == 2
+    error = capsys.readouterr().err
+    assert "method is 'barlow', but the run in run was started with 'simclr'" in error
+
+
+def test_a_lost_config_is_taken_from_the_checkpoint(folder, capsys):
+    assert cli.main(["pretrain", *OPTIONS, "--epochs", "1", "--out", "a run"]) == 0
+    before = (folder / "a run" / "config.yaml").read_text()
+    (folder / "a run" / "config.yaml").unlink()
+    capsys.readouterr()
+    assert cli.main(["report", "a run"]) == 2
+    assert "fastssl pretrain --resume --out 'a run' writes it anew" in capsys.readouterr().err
+    assert cli.main(["pretrain", "--resume", "--out", "a run"]) == 0
+    assert (folder / "a run" / "config.yaml").read_text() == before
+
+
+def test_help_tells_defaults_and_choices(capsys):
+    told = {}
+    for command in ("pretrain", "verify", "reproduce"):
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        told[command] = " ".join(capsys.readouterr().out.split())
+    assert "--seed N seed of weights, order and views (default 0)" in told["pretrain"]
+    assert "--data-dir DIR" in told["pretrain"]
+    assert "simclr, barlow, vicreg" in told["verify"]
+    assert "few-labels, methods, collapse" in told["reproduce"]
+    assert "barlow, vicreg with head" in told["reproduce"]
 
 
 def test_an_error_in_a_worker_is_one_line_too(tmp_path, monkeypatch, capsys):
@@ -171,7 +237,7 @@ def test_a_missing_extra_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "yaml", None)
     assert cli.main(["pretrain"]) == 2
     error = capsys.readouterr().err
-    assert "yaml is not installed; pip install 'fastssl-losses[train]'" in error
+    assert "yaml is not installed; fastssl's 'train' extra has it" in error
 
 
 def test_the_module_runs_as_a_command():

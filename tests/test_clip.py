@@ -249,6 +249,16 @@ class TestModule:
             found = ours(*z, scalars[0], None, output_dict=True)
             torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
+    def test_takes_open_clips_scalars_of_one_element(self, name: str) -> None:
+        """Those of a model made with nonscalar_logit_scale."""
+        open_clip = pytest.importorskip("open_clip.loss")
+        ours, theirs = CLASSES[name](), getattr(open_clip, CLASSES[name].__name__)()
+        z = [x.double() for x in pairs(Target("torch", "cpu"), 17, 9, DOUBLE)]
+        given = [*z, *(torch.tensor([x], dtype=DOUBLE) for x in (14.3, -10.0))]
+        expected = value_and_gradients(lambda *x: theirs(*x).sum(), given)
+        for a, b in zip(value_and_gradients(ours, given), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
     def test_takes_open_clips_options(self) -> None:
         z = pairs(Target("torch", "cpu"), 6, 4)
         options = {"local_loss": True, "gather_with_grad": True, "cache_labels": True, "rank": 0}
@@ -270,6 +280,10 @@ class TestModule:
     def test_refuses_bad_options(self, name: str) -> None:
         with pytest.raises(ValueError, match="backend must be one of"):
             CLASSES[name](backend="gpu")
+        with pytest.raises(ValueError, match="world_size must be at least 1, got -1"):
+            CLASSES[name](world_size=-1)
+        with pytest.raises(TypeError, match="world_size must be a whole number, got str"):
+            CLASSES[name](world_size="x")
         with pytest.raises(ValueError, match="use_horovod must be False"):
             fastssl.ClipLoss(use_horovod=True)
         with pytest.raises(ValueError, match=r"dist_impl must be one of 'bidir', .* got 'ring'"):
@@ -279,8 +293,10 @@ class TestModule:
         z = pairs(Target("torch", "cpu"), 6, 4)
         for bias, error, message in (
             (math.nan, ValueError, "logit_bias must be finite, got nan"),
-            ("high", TypeError, "logit_bias must be a number or a 0-dim tensor, got str"),
+            ("high", TypeError, "logit_bias must be a number or a tensor of one element, got str"),
             (torch.ones(2), ValueError, r"logit_bias must be .* got shape \(2,\)"),
+            (-1e300, ValueError, r"logit_bias must be finite in float32, got -1e\+300"),
+            (torch.zeros((), device="meta"), ValueError, "logit_bias must be on .* cpu, got meta"),
         ):
             with pytest.raises(error, match=message):
                 CLASSES[name]()(*z, 5.0, bias)

@@ -148,6 +148,22 @@ def test_a_constant_shift_changes_nothing(target: Target) -> None:
         torch.testing.assert_close(got, codes(target)(scores), rtol=0.05, atol=1e-4)
 
 
+@pytest.mark.parametrize("iterations", [0, 1, 3])
+@pytest.mark.parametrize("spread", [0.25, 2.0])
+def test_a_shift_that_rounds_nothing_costs_no_digits(
+    target: Target, iterations: int, spread: float
+) -> None:
+    scores = (spread * torch.randn(24, 10)).mul(1024).round().div(1024).to(target.device)
+    exact = reference.sinkhorn_knopp(scores.double(), 0.03, iterations)
+    for function in (
+        codes(target),
+        codes(target._replace(backend="torch"), differentiable=True),
+        reference.sinkhorn_knopp,
+    ):
+        found = function(scores + 1024, epsilon=0.03, iterations=iterations)
+        torch.testing.assert_close(found.double(), exact, rtol=0, atol=2e-5 * exact.max().item())
+
+
 def test_shifting_a_sample_changes_what_it_changes_in_the_reference(target: Target) -> None:
     scores = similarities(target, 24, 10, torch.float32)
     scores[4] += 0.5
@@ -256,8 +272,12 @@ def test_three_global_crops_predict_each_other(target: Target) -> None:
     )
 
 
-@pytest.mark.parametrize("mass", [1.0, 2.0, 0.0])
-def test_soft_cross_entropy_is_as_exact_as_promised(target: Target, mass: float) -> None:
+@pytest.mark.parametrize(
+    ("scale", "mass"), [(0.3, 1.0), (0.3, 2.0), (0.3, 0.0), (1, 1), (100, 1), (1e4, 1), (1e6, 1)]
+)
+def test_soft_cross_entropy_is_as_exact_as_promised(
+    target: Target, scale: float, mass: float
+) -> None:
     """Targets stand below the logits, so that their features are reordered together."""
 
     def loss(x: torch.Tensor) -> torch.Tensor:
@@ -272,7 +292,8 @@ def test_soft_cross_entropy_is_as_exact_as_promised(target: Target, mass: float)
 
     for b, k in shapes(target):
         for dtype in dtypes(target) if k > 1 else []:  # one prototype leaves nothing to predict
-            logits = similarities(target, b, k, dtype)
+            scale = min(scale, torch.finfo(dtype).max / 100)  # the plain loss divides by 0.1
+            logits = (scale * torch.randn(b, k)).to(target.device, dtype)
             targets = mass * torch.softmax(3 * torch.randn(b, k), 1).to(target.device, dtype)
             check_accuracy(loss, plain, [torch.cat([logits, targets])])
 
@@ -405,6 +426,26 @@ BAD_INPUT = {
         lambda: functional.sinkhorn_knopp(CROPS[0], 0.0),
         ValueError,
         "epsilon must be positive and finite, got 0.0",
+    ),
+    "epsilon of too large an inverse": (
+        lambda: functional.sinkhorn_knopp(CROPS[0], 1e-40),
+        ValueError,
+        "epsilon must be positive and finite in float32, and so its inverse, got 1e-40",
+    ),
+    "epsilon past float32": (
+        lambda: functional.swav(CROPS, epsilon=1e300),
+        ValueError,
+        r"epsilon must be positive and finite in float32.* got 1e\+300",
+    ),
+    "no crops at all": (
+        lambda: functional.swav(None),
+        TypeError,
+        "high_resolution_outputs must be a sequence of tensors, got NoneType",
+    ),
+    "no sequence of local crops": (
+        lambda: functional.swav(CROPS, None),
+        TypeError,
+        "low_resolution_outputs must be a sequence of tensors, got NoneType",
     ),
     "iterations below 0": (
         lambda: functional.sinkhorn_knopp(CROPS[0], iterations=-1),

@@ -5,6 +5,7 @@ NT-Xent, whose variants the others are, has a file of its own; so has what one l
 
 import math
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from functools import partial
 from types import ModuleType
 from typing import NamedTuple
@@ -270,6 +271,17 @@ def test_a_tensor_counts_as_its_number(case: Case, target: Target) -> None:
         for kind in (torch.float32, dtype):
             given = scalars(case, target, 4.0, kind)
             assert torch.equal(both(case, target)[0](*z, *given), expected)
+
+
+def test_a_tensor_of_one_element_counts_as_a_scalar(case: Case, target: Target) -> None:
+    loss, _ = both(case, target)
+    z, given = rows(case, target, 12, 8), scalars(case, target, 5.0)
+    value, *grads = value_and_gradients(loss, [*z, *given])
+    again, *others = value_and_gradients(loss, [*z, *(x[None] for x in given)])
+    assert torch.equal(again, value)
+    for found, expected, x in zip(others, grads, [*z, *(x[None] for x in given)], strict=True):
+        assert found.shape == x.shape
+        assert torch.equal(found, expected.reshape(x.shape))
 
 
 def test_long_rows_give_large_scores(case: Case, target: Target) -> None:
@@ -632,6 +644,7 @@ BAD_INPUT = {
     "no rows": ((Z[:0], Z[:0]), {}, ValueError, r"N and D at least 1, got \(0, 3\)"),
     "integers": ((Z.int(), Z), {}, TypeError, r"\w+ must be float64.*got int32"),
     "not a tensor": ((Z, [[1.0]]), {}, TypeError, r"\w+ must be a tensor, got list"),
+    "sparse": ((Z.to_sparse(), Z), {}, TypeError, r"\w+ must be dense, got layout sparse_coo"),
     "two dtypes": ((Z, Z.double()), {}, TypeError, "same dtype, got float32 and float64"),
     "two devices": ((Z, Z.to("meta")), {}, ValueError, "same device, got cpu and meta"),
     "unknown backend": (
@@ -684,9 +697,27 @@ BAD_SCALAR = {
         ValueError,
         "must be positive and finite, got nan",
     ),
-    "of one dimension": (torch.ones(1), ValueError, r"must be .* 0-dim tensor, got shape \(1,\)"),
+    "of two elements": (torch.ones(2), ValueError, r"must be .* one element, got shape \(2,\)"),
     "of integers": (torch.tensor(1), TypeError, "must be a floating-point tensor, got int64"),
-    "a word": ("low", TypeError, "must be a number or a 0-dim tensor, got str"),
+    "a word": ("low", TypeError, "must be a number or a tensor of one element, got str"),
+    "a fraction": (Fraction(1, 2), TypeError, "must be a number, got Fraction"),
+    "past all floats": (10**400, ValueError, "must be positive and finite in float32.*, got 10000"),
+    "past float32": (1e300, ValueError, r"must be positive and finite in float32.*, got 1e\+300"),
+    "of too large an inverse": (
+        1e-40,
+        ValueError,
+        "must be positive and finite in float32, and so its inverse, got 1e-40",
+    ),
+    "of too large an inverse, in a tensor": (
+        torch.tensor(1e-44),
+        ValueError,
+        "must be positive and finite in float32, and so its inverse, got 9.8.*e-45",
+    ),
+    "elsewhere": (
+        torch.tensor(1.0, device="meta"),
+        ValueError,
+        "must be on the embeddings' device cpu, got meta",
+    ),
 }
 
 

@@ -203,6 +203,27 @@ def test_a_flat_image_folder_has_no_labels(tmp_path):
     assert found.size == 224
 
 
+@pytest.mark.parametrize("ending", ["png", "tif", "pgm"])
+def test_grey_images_of_16_bits_keep_their_shades(tmp_path, ending):
+    shades = np.linspace(0, 2**16 - 1, 12, dtype=np.uint16).reshape(3, 4)
+    Image.fromarray(shades).save(tmp_path / f"grey.{ending}")
+    for damaged in ("refuse", "skip"):
+        image, _ = data.load("folder", tmp_path, damaged=damaged).pretrain[0]
+        assert torch.equal(image, torch.from_numpy((shades >> 8).astype(np.uint8)).expand(3, 3, 4))
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_images_of_other_numbers_are_refused_by_name(tmp_path, kind, capsys):
+    Image.fromarray(np.full((3, 4), 10**6, dtype=kind)).save(tmp_path / "wide.tif")
+    with pytest.raises(
+        ValueError, match=r"wide\.tif cannot be read .*not whole numbers of 8 or 16"
+    ):
+        data.load("folder", tmp_path).pretrain[0]
+    write_pngs(tmp_path, 1)
+    assert len(data.load("folder", tmp_path, damaged="skip").pretrain) == 1
+    assert "wide.tif (its values are not whole numbers" in capsys.readouterr().out
+
+
 def test_an_unreadable_image_is_named(tmp_path):
     write_pngs(tmp_path, 1)
     (tmp_path / "broken.jpg").write_bytes(b"not an image")

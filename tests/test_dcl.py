@@ -162,12 +162,60 @@ def test_bad_options_are_named() -> None:
         functional.dcl(z, z, reduction="max")
     with pytest.raises(ValueError, match="temperature must be positive and finite, got 0"):
         fastssl.DCLLoss(0)
+    with pytest.raises(TypeError, match="weight_fn must be callable or None, got float"):
+        fastssl.DCLLoss(weight_fn=0.5)
+    with pytest.raises(TypeError, match="weight_fn must be callable or None, got float"):
+        functional.dcl(z, z, weight_fn=0.5)
     with pytest.raises(ValueError, match=r"sigma must be positive and finite, got -0\.5"):
         fastssl.DCLWLoss(sigma=-0.5)
     with pytest.raises(TypeError, match="sigma must be a number, got str"):
         fastssl.DCLWLoss(sigma="wide")
     with pytest.raises(ValueError, match="backend must be one of"):
         fastssl.DCLWLoss(backend="gpu")
+
+
+@pytest.mark.parametrize(
+    ("weigh", "error", "message"),
+    [
+        (lambda a: 1.0, TypeError, "a floating-point tensor, got float"),
+        (lambda a: torch.ones(4, dtype=torch.int64), TypeError, "a .* got torch.int64"),
+        (lambda a: torch.tensor(1.0), ValueError, r"shape \(4,\) on cpu, .* got \(\) on cpu"),
+        (lambda a: torch.ones(4, 1), ValueError, r"shape \(4,\) on cpu, .* got \(4, 1\) on cpu"),
+        (lambda a: torch.ones(5), ValueError, r"shape \(4,\) on cpu, .* got \(5,\) on cpu"),
+        (lambda a: a[:, 0].to("meta"), ValueError, r"shape \(4,\) on cpu, .* on meta"),
+    ],
+)
+def test_bad_weights_are_named(weigh, error: type[Exception], message: str) -> None:
+    z = torch.randn(4, 3)
+    with pytest.raises(error, match=f"weight_fn must return {message}"):
+        functional.dcl(z, z, weight_fn=lambda a, b: weigh(a))
+
+
+def test_weights_of_another_type_do_not_change_that_of_the_loss() -> None:
+    z = torch.randn(4, 3)
+    loss = functional.dcl(z, z, weight_fn=lambda a, b: a.new_ones(4, dtype=torch.float64))
+    torch.testing.assert_close(loss, functional.dcl(z, z))
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ((0.0,), ValueError, "sigma must be positive and finite, got 0.0"),
+        ((torch.nan,), ValueError, "sigma must be positive and finite, got nan"),
+        (("wide",), TypeError, "sigma must be a number, got str"),
+    ],
+)
+def test_a_bad_sigma_is_named(given, error: type[Exception], message: str) -> None:
+    z = torch.zeros(4, 3)
+    with pytest.raises(error, match=message):
+        functional.mises_fisher_weights(z, z, *given)
+
+
+def test_weights_of_bad_rows_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"z0 and z1 must have equal shapes, got \(4, 3\) and"):
+        functional.mises_fisher_weights(torch.zeros(4, 3), torch.zeros(4, 2))
+    with pytest.raises(TypeError, match="z1 must be a tensor, got list"):
+        functional.mises_fisher_weights(torch.zeros(4, 3), [1.0])
 
 
 class TestModule:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import Subset
 
-from fastssl.trainer import data, evaluate, networks
+from fastssl.trainer import checkpoint, data, evaluate, networks
 from fastssl.trainer.config import Config
 
 
@@ -299,14 +299,12 @@ def test_a_data_set_without_labels_is_skipped(
     tmp_path: Path,
     digits: data.Data,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     run = make_run(tmp_path / "run", digits)
     digits = data.load("digits")
     digits.train = digits.test = None
     monkeypatch.setattr(data, "load", lambda *_: digits)
     assert evaluate.evaluate_run(run) == {"skipped": "data set 'digits' has no labels"}
-    assert "evaluation skipped" in capsys.readouterr().out
 
 
 def test_errors_name_the_path(tmp_path: Path, digits: data.Data) -> None:
@@ -317,6 +315,12 @@ def test_errors_name_the_path(tmp_path: Path, digits: data.Data) -> None:
         (run / "evaluation.json").write_text(damaged)
         with pytest.raises(ValueError, match=r"run/evaluation\.json is damaged"):
             evaluate.read_results(run)
+    (run / "backbone.safetensors").write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"truncated or not a safetensors file .*[)]$"):
+        evaluate.evaluate_run(run)
+    checkpoint.save(run, {})
+    with pytest.raises(ValueError, match=r"missing, fastssl pretrain --resume --out .*/run writes"):
+        evaluate.evaluate_run(run)
     (run / "backbone.safetensors").unlink()
     with pytest.raises(ValueError, match=r"found no .*run/backbone\.safetensors"):
         evaluate.evaluate_run(run)

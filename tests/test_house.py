@@ -16,15 +16,16 @@ LINKED = ("benchmarks", "kernels")  # folders at the top that are installed in f
 MAY_IMPORT = {
     "__init__": {"functional", "losses", "memory_bank", "patching", "reference"},
     "functional": {"losses"},
+    "checks": {"distributed"},
     "reference": set(),
     "__main__": {"cli"},
     "cli": {"trainer", "ops", "benchmarks", "__version__"},
     "trainer": {
         *("trainer", "losses", "ops", "functional", "distributed", "reference", "__version__")
     },
-    "losses": {"losses", "ops", "distributed", "memory_bank"},
-    "memory_bank": {"distributed"},
-    "patching": {"losses", "memory_bank"},
+    "losses": {"losses", "ops", "distributed", "memory_bank", "checks"},
+    "memory_bank": {"distributed", "checks"},
+    "patching": {"losses", "memory_bank", "checks"},
     "distributed": set(),
     "ops": {"ops", "kernels", "streaming", "distributed"},
     "kernels": {"kernels"},

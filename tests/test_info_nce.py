@@ -131,6 +131,20 @@ def test_shared_keys_are_each_querys_own(target: Target) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("mean", [0.0, 10.0])
+@pytest.mark.parametrize("temperature", [0.005, 0.2])
+def test_own_keys_are_as_exact_as_promised(target: Target, mean: float, temperature: float) -> None:
+    """With a mean of 10 cosines differ from 1, and from each other, by 1e-4."""
+    spread = 0.1 if mean else 1.0
+    query, positive, keys = (mean + spread * x for x in rows(target, 16, 16, 16 * 20))
+    inputs = [query, positive, keys, torch.tensor(temperature, device=target.device)]
+    check_accuracy(
+        lambda q, p, k, t: functional.info_nce(q, p, k.view(16, 20, 12), t, backend=target.backend),
+        lambda q, p, k, t: reference.info_nce(q, p, k.view(16, 20, 12), t),
+        inputs,
+    )
+
+
 @pytest.mark.parametrize("trained", ["query", "positive", "temperature"])
 def test_a_queue_may_change_before_the_backward_pass(target: Target, trained: str) -> None:
     def gradient(change: bool) -> Tensor:

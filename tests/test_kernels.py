@@ -9,7 +9,10 @@ from torch import Tensor
 
 from fastssl import reference
 
+gpu = pytest.importorskip("fastssl.kernels.gpu")
 similarity = pytest.importorskip("fastssl.kernels.similarity")
+tiles = pytest.importorskip("fastssl.kernels.tiles")
+two_views = pytest.importorskip("fastssl.kernels.two_views")
 
 pytestmark = [NEEDS_INTERPRETER, pytest.mark.usefixtures("outputs_begin_as_nan")]
 ALL = (True, True, True)
@@ -19,7 +22,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 1e-2}  # of the largest entry
 
 @pytest.fixture
 def multiprocessors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(similarity, "target", lambda device: ("interpreter", request.param))
+    monkeypatch.setattr(gpu, "target", lambda device: ("interpreter", request.param))
     return request.param
 
 
@@ -30,8 +33,8 @@ def assert_close(got: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
 
 def check_two_views(z0: Tensor, z1: Tensor, s: float, ids: Tensor | None, dlse: Tensor) -> None:
     scale = torch.tensor(s)
-    lse, *saved = similarity.two_view_lse_fwd(z0, z1, scale, ids)
-    grads = similarity.two_view_lse_bwd(dlse, z0, z1, scale, ids, *saved, ALL)
+    lse, *saved = two_views.two_view_lse_fwd(z0, z1, scale, ids)
+    grads = two_views.two_view_lse_bwd(dlse, z0, z1, scale, ids, *saved, ALL)
 
     inputs = [x.double().requires_grad_() for x in (z0, z1, scale)]
     z = reference.normalize(torch.cat(inputs[:2]))
@@ -77,8 +80,8 @@ def check_rows_and_columns(
 )
 def test_two_views_whatever_the_cut(multiprocessors, N, D, per_group, splits, scale) -> None:
     config = (2 * N, 2 * N, D, torch.float32, False, "interpreter", multiprocessors)
-    assert similarity.launch_config("two_view", *config)[1] == per_group
-    assert similarity.launch_config("bwd", *config)[1] == splits
+    assert tiles.launch_config("two_view", *config)[1] == per_group
+    assert tiles.launch_config("bwd", *config)[1] == splits
     z0, z1 = torch.randn(2, N, D)
     check_two_views(z0, z1, scale, None, torch.rand(2 * N))
 
@@ -93,8 +96,8 @@ def test_rows_and_columns_whatever_the_cut(
     multiprocessors, M, N, D, fwd_splits, bwd_splits, scale, normalize
 ) -> None:
     config = (M, N, D, torch.float32, False, "interpreter", multiprocessors)
-    assert similarity.launch_config("fwd", *config)[1] == fwd_splits
-    assert similarity.launch_config("bwd", *config)[1] == bwd_splits
+    assert tiles.launch_config("fwd", *config)[1] == fwd_splits
+    assert tiles.launch_config("bwd", *config)[1] == bwd_splits
     q, k = torch.randn(M, D), torch.randn(N, D)
     check_rows_and_columns(q, k, scale, (None, None), torch.rand(M), normalize)
 
@@ -132,9 +135,9 @@ def test_same_input_same_bits(multiprocessors, scale: float) -> None:
     scale = torch.tensor(scale)
 
     def run() -> list[Tensor]:
-        lse, *saved = similarity.two_view_lse_fwd(z0, z1, scale, None)
+        lse, *saved = two_views.two_view_lse_fwd(z0, z1, scale, None)
         dlse = torch.linspace(-1, 1, 200)
-        return [lse, *similarity.two_view_lse_bwd(dlse, z0, z1, scale, None, *saved, ALL)]
+        return [lse, *two_views.two_view_lse_bwd(dlse, z0, z1, scale, None, *saved, ALL)]
 
     for first, second in zip(run(), run(), strict=True):
         assert torch.equal(first, second)
@@ -144,9 +147,9 @@ def test_same_input_same_bits(multiprocessors, scale: float) -> None:
 def test_float16_weights_hold_any_upstream_gradient(upstream: float) -> None:
     z0, z1 = 30 * torch.randn(2, 40, 16).half()
     scale, dlse = torch.tensor(10.0), torch.rand(80)
-    _, *saved = similarity.two_view_lse_fwd(z0, z1, scale, None)
-    want, _, dscale = similarity.two_view_lse_bwd(dlse, z0, z1, scale, None, *saved, ALL)
-    got, _, big = similarity.two_view_lse_bwd(upstream * dlse, z0, z1, scale, None, *saved, ALL)
+    _, *saved = two_views.two_view_lse_fwd(z0, z1, scale, None)
+    want, _, dscale = two_views.two_view_lse_bwd(dlse, z0, z1, scale, None, *saved, ALL)
+    got, _, big = two_views.two_view_lse_bwd(upstream * dlse, z0, z1, scale, None, *saved, ALL)
     torch.testing.assert_close(big, upstream * dscale, rtol=1e-3, atol=0)
     torch.testing.assert_close(got, (upstream * want.float()).half(), rtol=1e-2, atol=2**-24)
 
@@ -155,9 +158,9 @@ def test_float16_weights_hold_any_upstream_gradient(upstream: float) -> None:
 def test_a_gradient_that_is_not_needed_is_none(needs: tuple[bool, ...]) -> None:
     z0, z1 = torch.randn(2, 9, 5)
     scale, dlse = torch.tensor(3.0), torch.rand(18)
-    _, *saved = similarity.two_view_lse_fwd(z0, z1, scale, None)
-    every = similarity.two_view_lse_bwd(dlse, z0, z1, scale, None, *saved, ALL)
-    some = similarity.two_view_lse_bwd(dlse, z0, z1, scale, None, *saved, needs)
+    _, *saved = two_views.two_view_lse_fwd(z0, z1, scale, None)
+    every = two_views.two_view_lse_bwd(dlse, z0, z1, scale, None, *saved, ALL)
+    some = two_views.two_view_lse_bwd(dlse, z0, z1, scale, None, *saved, needs)
     for one, other, needed in zip(every, some, needs, strict=True):
         assert torch.equal(one, other) if needed else other is None
 
@@ -166,8 +169,8 @@ def test_a_gradient_that_is_not_needed_is_none(needs: tuple[bool, ...]) -> None:
 def test_nan_in_one_row_reaches_every_row(scale: float) -> None:
     z0, z1 = torch.randn(2, 70, 8)
     z1[3, 2] = torch.nan
-    lse, *saved = similarity.two_view_lse_fwd(z0, z1, torch.tensor(scale), None)
-    dz0, dz1, _ = similarity.two_view_lse_bwd(
+    lse, *saved = two_views.two_view_lse_fwd(z0, z1, torch.tensor(scale), None)
+    dz0, dz1, _ = two_views.two_view_lse_bwd(
         torch.rand(140), z0, z1, torch.tensor(scale), None, *saved, ALL
     )
     assert all(x.isnan().all() for x in (lse, dz0, dz1))
@@ -179,9 +182,9 @@ def test_workspaces_are_bounded(arch: str) -> None:
     for rows, columns, D, dtype in itertools.product(sizes, sizes, widths, DTYPES):
         config = (rows, columns, D, dtype, False, arch, 100)
         for kernel in ("fwd", "bwd"):
-            options, splits = similarity.launch_config(kernel, *config)
+            options, splits = tiles.launch_config(kernel, *config)
             programs = -(-rows // options["BLOCK_M"]) * splits
             assert splits == 1 or programs <= 400  # twice what runs at once
-        options, per_group = similarity.launch_config("two_view", *config)
+        options, per_group = tiles.launch_config("two_view", *config)
         blocks = 2 * -(-(rows // 2) // options["BLOCK_N"])
         assert -(-blocks // per_group) <= 64

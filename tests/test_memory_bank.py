@@ -2,6 +2,7 @@
 
 import inspect
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -173,11 +174,46 @@ def test_a_bad_size_is_named(size: object, error: type[Exception], message: str)
 def test_other_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match=r"size must be \(6, D\) with persistent, got 6"):
         MemoryBankModule(6, persistent=True)
-    for output in (torch.zeros(4, 2), torch.zeros(3), torch.zeros(4, 1, 3)):
-        with pytest.raises(ValueError, match=r"output must have shape \(N, 3\)"):
-            MemoryBankModule((6, 3))(output, update=True)
+    with pytest.raises(ValueError, match=r"output must have shape \(N, 3\).* got \(4, 2\)"):
+        MemoryBankModule((6, 3))(torch.zeros(4, 2), update=True)
     with pytest.raises(ValueError, match="output must have shape"):
         MemoryBankModule(6)(torch.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("output", "error", "message"),
+    [
+        (torch.zeros(3), ValueError, r"output must have shape \(N, D\) .* got \(3,\)"),
+        (torch.zeros(4, 1, 3), ValueError, r"output must have shape .* got \(4, 1, 3\)"),
+        (torch.zeros(0, 3), ValueError, r"output must have shape .* got \(0, 3\)"),
+        (torch.zeros(4, 0), ValueError, r"output must have shape .* got \(4, 0\)"),
+        ([[1.0, 2.0, 3.0]], TypeError, "output must be a tensor, got list"),
+        (None, TypeError, "output must be a tensor, got NoneType"),
+        (np.zeros((4, 3)), TypeError, "output must be a tensor, got ndarray"),
+        (torch.zeros(4, 3, dtype=torch.int64), TypeError, "output must be float64.*got int64"),
+        (torch.zeros(4, 3, dtype=torch.bool), TypeError, "output must be float64.*got bool"),
+        (torch.zeros(4, 3, dtype=torch.complex64), TypeError, "output must be .*got complex64"),
+    ],
+)
+@pytest.mark.parametrize("size", [6, (6, 3)])
+def test_bad_rows_are_named_and_change_nothing(
+    output: object, error: type[Exception], message: str, size: int | tuple[int, int]
+) -> None:
+    memory = MemoryBankModule(size)
+    before = memory.bank.clone()
+    for call in (memory.update, memory.rows_for, lambda x: memory(x, update=True)):
+        with pytest.raises(error, match=message):
+            call(output)
+    assert memory.bank.shape == before.shape
+    if memory.bank.dim() == 2:
+        assert torch.equal(memory.bank, before)
+
+
+def test_no_bank_takes_no_rows() -> None:
+    memory = MemoryBankModule(0)
+    memory.update(torch.zeros(4, 3))
+    assert memory.size == (0,)
+    assert memory(torch.zeros(4, 3))[1] is None
 
 
 def test_it_shows_its_options() -> None:
@@ -344,13 +380,65 @@ class TestSampleMemoryBank:
         [
             ((0, 4), "num_samples must be at least 1, got 0"),
             ((4, -1), "dim must be at least 1, got -1"),
+            ((4, 4, -0.5), r"momentum must be from 0 to 1, got -0\.5"),
             ((4, 4, 1.5), r"momentum must be from 0 to 1, got 1\.5"),
-            ((4, 4, float("nan")), "momentum must be from 0 to 1, got nan"),
+            ((4, 4, float("nan")), "momentum must be finite, got nan"),
         ],
     )
     def test_bad_options_are_named(self, arguments: tuple, message: str) -> None:
         with pytest.raises(ValueError, match=message):
             SampleMemoryBank(*arguments)
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ((2.5, 4), "num_samples must be a whole number, got float"),
+            ((True, 4), "num_samples must be a whole number, got bool"),
+            ((4, "4"), "dim must be a whole number, got str"),
+            ((4, 4, "0.5"), "momentum must be a number, got str"),
+            ((4, 4, None), "momentum must be a number, got NoneType"),
+        ],
+    )
+    def test_options_of_other_types_are_named(self, arguments: tuple, message: str) -> None:
+        with pytest.raises(TypeError, match=message):
+            SampleMemoryBank(*arguments)
+
+    @pytest.mark.parametrize(
+        ("index", "error", "message"),
+        [
+            ([0, 1], TypeError, "index must be an int64 or int32 tensor, got list"),
+            (torch.zeros(2), TypeError, "index must be .* got torch.float32"),
+            (torch.ones(2, dtype=torch.uint8), TypeError, "index must be .* got torch.uint8"),
+            (torch.ones(2, dtype=torch.bool), TypeError, "index must be .* got torch.bool"),
+            (torch.zeros(2, 1, dtype=torch.int64), ValueError, r"index .* \(B,\), got \(2, 1\)"),
+            (torch.tensor([7, 8]), ValueError, "index must be from 0 to 7, got 8"),
+            (torch.tensor([0, -1]), ValueError, "index must be from 0 to 7, got -1"),
+        ],
+    )
+    def test_a_bad_index_is_named(
+        self, index: object, error: type[Exception], message: str
+    ) -> None:
+        memory = SampleMemoryBank(8, 4)
+        before = memory.bank.clone()
+        with pytest.raises(error, match=message):
+            memory(index)
+        with pytest.raises(error, match=message):
+            memory.update(torch.randn(2, 4), index)
+        assert torch.equal(memory.bank, before)
+
+    def test_a_bad_count_is_named(self) -> None:
+        with pytest.raises(ValueError, match="count must be at least 0, got -1"):
+            SampleMemoryBank(8, 4).sample(-1)
+        with pytest.raises(TypeError, match="count must be a whole number, got float"):
+            SampleMemoryBank(8, 4).sample(2.0)
+
+    def test_an_index_of_int32_is_one(self) -> None:
+        first, second = SampleMemoryBank(8, 4), SampleMemoryBank(8, 4)
+        second.load_state_dict(first.state_dict())
+        z, index = torch.randn(3, 4), torch.tensor([5, 1, 5])
+        first.update(z, index)
+        second.update(z, index.int())
+        assert torch.equal(first.bank, second.bank)
 
     def test_bad_input_is_named(self) -> None:
         memory = SampleMemoryBank(8, 4)
@@ -358,5 +446,7 @@ class TestSampleMemoryBank:
             memory.update(torch.zeros(2, 3), torch.tensor([0, 1]))
         with pytest.raises(ValueError, match=r"index .*\(3,\)"):
             memory.update(torch.zeros(2, 4), torch.tensor([0, 1, 2]))
+        with pytest.raises(TypeError, match="z must be a tensor, got list"):
+            memory.update([[1.0] * 4], torch.tensor([0]))
         with pytest.raises(TypeError, match=r"index .*float32"):
             memory.update(torch.zeros(2, 4), torch.zeros(2))

@@ -451,15 +451,15 @@ BAD_INPUT = {
         ValueError,
         "temperature must be positive and finite, got nan",
     ),
-    "temperature of one dimension": (
-        lambda: fastssl.NTXentLoss(torch.ones(1)),
+    "temperature of two elements": (
+        lambda: fastssl.NTXentLoss(torch.ones(2)),
         ValueError,
-        r"0-dim tensor, got shape \(1,\)",
+        r"tensor of one element, got shape \(2,\)",
     ),
     "temperature a word": (
         lambda: fastssl.NTXentLoss("low"),
         TypeError,
-        "temperature must be a number or a 0-dim tensor, got str",
+        "temperature must be a number or a tensor of one element, got str",
     ),
     "unknown reduction": (
         lambda: fastssl.NTXentLoss(reduction="max"),

@@ -10,7 +10,11 @@ from torch import Tensor
 
 from fastssl import reference
 
+fixed_keys = pytest.importorskip("fastssl.kernels.fixed_keys")
+gpu = pytest.importorskip("fastssl.kernels.gpu")
+pairs = pytest.importorskip("fastssl.kernels.pairs")
 similarity = pytest.importorskip("fastssl.kernels.similarity")
+tiles = pytest.importorskip("fastssl.kernels.tiles")
 
 pytestmark = [NEEDS_INTERPRETER, pytest.mark.usefixtures("outputs_begin_as_nan")]
 ALL = (True, True, True)
@@ -20,7 +24,7 @@ SCALES = [(10.0, True), (100.0, True), (0.4, False)]  # and whether rows are nor
 
 @pytest.fixture
 def multiprocessors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(similarity, "target", lambda device: ("interpreter", request.param))
+    monkeypatch.setattr(gpu, "target", lambda device: ("interpreter", request.param))
     return request.param
 
 
@@ -35,10 +39,10 @@ def exact_pairs(
     if normalize:
         q, k = reference.normalize(q), reference.normalize(k)
     logits = scale * q @ k.T
-    pairs = torch.zeros(len(q), len(k), dtype=torch.bool)
-    pairs.diagonal(first).fill_(True)
-    hidden = pairs if ids is None else pairs | (ids[first : first + len(q), None] == ids)
-    negatives, positive = logits.masked_fill(hidden, -torch.inf), logits[pairs]
+    paired = torch.zeros(len(q), len(k), dtype=torch.bool)
+    paired.diagonal(first).fill_(True)
+    hidden = paired if ids is None else paired | (ids[first : first + len(q), None] == ids)
+    negatives, positive = logits.masked_fill(hidden, -torch.inf), logits[paired]
     cols = (negatives - positive).logsumexp(0) if len(q) == len(k) else negatives.new_empty(0)
     return (negatives - positive[:, None]).logsumexp(1), cols
 
@@ -49,8 +53,8 @@ def fused_pairs(
 ) -> list[Tensor | None]:  # fmt: skip
     """Return the two log-sum-exps, the columns' perhaps empty, and the gradients."""
     scale = torch.tensor(s)
-    rows, cols, *saved = similarity.pair_lse_fwd(q, k, scale, ids, first, columns, normalize)
-    grads = similarity.pair_lse_bwd(
+    rows, cols, *saved = pairs.pair_lse_fwd(q, k, scale, ids, first, columns, normalize)
+    grads = pairs.pair_lse_bwd(
         *upstream, q, k, scale, ids, first, columns, *saved, normalize, needs
     )
     return [rows, cols, *grads]
@@ -112,7 +116,7 @@ def check_classes(
 def check_fixed_keys(q: Tensor, k: Tensor, s: float, *ids: Tensor | None) -> None:
     ids = ids or (None, None)
     scale = torch.tensor(s)
-    lse, dq, dscale = similarity.fixed_keys_lse_fwd(q, k, scale, *ids, True)
+    lse, dq, dscale = fixed_keys.fixed_keys_lse_fwd(q, k, scale, *ids, True)
     assert dq.dtype == q.dtype
 
     rows, scales = q.double().requires_grad_(), torch.full((len(q), 1), s).double().requires_grad_()
@@ -125,7 +129,7 @@ def check_fixed_keys(q: Tensor, k: Tensor, s: float, *ids: Tensor | None) -> Non
     assert_close(dq, want[0], TOLERANCE[q.dtype])
     assert_close(dscale, want[1][:, 0], TOLERANCE[q.dtype])
 
-    alone, *nothing = similarity.fixed_keys_lse_fwd(q, k, scale, *ids, False)
+    alone, *nothing = fixed_keys.fixed_keys_lse_fwd(q, k, scale, *ids, False)
     assert torch.equal(alone, lse)
     assert [x.shape for x in nothing] == [(0, 0), (0,)]
 
@@ -147,7 +151,7 @@ def test_rows_and_columns_whatever_the_cut(
     multiprocessors, N, D, per_group, scale, normalize
 ) -> None:
     config = (N, N, D, torch.float32, False, "interpreter", multiprocessors)
-    assert similarity.launch_config("pair", *config)[1] == per_group
+    assert tiles.launch_config("pair", *config)[1] == per_group
     check_pairs(*correlated(N, N, D), scale, columns=True, normalize=normalize)
 
 
@@ -155,9 +159,9 @@ def test_rows_and_columns_whatever_the_cut(
 @pytest.mark.parametrize("normalize", [True, False])
 def test_few_rows_fill_the_device(multiprocessors, normalize) -> None:
     config = (20, 1000, 30, torch.float32, False, "interpreter", multiprocessors)
-    assert similarity.launch_config("fwd", *config)[1] > 1
-    assert similarity.launch_config("product", *config)[1] > 1
-    assert similarity.launch_config("row_product", *config)[1] > 1
+    assert tiles.launch_config("fwd", *config)[1] > 1
+    assert tiles.launch_config("product", *config)[1] > 1
+    assert tiles.launch_config("row_product", *config)[1] > 1
     check_pairs(*correlated(20, 1000, 30, 5), 1.0, first=5, normalize=normalize)
 
 
@@ -174,8 +178,8 @@ def test_more_columns_than_rows(multiprocessors, M, N, first, scale, normalize) 
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("columns", [True, False])
 def test_weights_are_kept_a_panel_at_a_time(columns, normalize, monkeypatch) -> None:
-    monkeypatch.setattr(similarity, "PANEL_BYTES", 0)
-    monkeypatch.setattr(similarity, "PANEL_ROWS", 64)
+    monkeypatch.setattr(pairs, "PANEL_BYTES", 0)
+    monkeypatch.setattr(pairs, "PANEL_ROWS", 64)
     q, k = correlated(150, 150, 20)
     check_pairs(q, k, 0.5, torch.randint(80, (150,)), columns=columns, normalize=normalize)
 
@@ -290,8 +294,8 @@ CLASSES = {
 )
 def test_classes_whatever_the_cut(multiprocessors, N, splits, kind: str, scale) -> None:
     config = (N, N, 20, torch.float32, True, "interpreter", multiprocessors)
-    assert similarity.launch_config("fwd", *config)[1] == splits
-    assert similarity.launch_config("bwd", *config)[1] == splits
+    assert tiles.launch_config("fwd", *config)[1] == splits
+    assert tiles.launch_config("bwd", *config)[1] == splits
     z = reference.normalize(torch.randn(N, 20))
     check_classes(z, scale, CLASSES[kind](torch.arange(N)), torch.randn(N))
 
@@ -339,7 +343,7 @@ def test_rows_without_positives_give_nothing() -> None:
 )
 def test_fixed_keys_whatever_the_cut(multiprocessors, M, N, splits, scale) -> None:
     config = (M, N, 20, torch.float32, False, "interpreter", multiprocessors)
-    assert similarity.launch_config("fixed_keys", *config)[1] == splits
+    assert tiles.launch_config("fixed_keys", *config)[1] == splits
     q, k = torch.randn(M, 20), torch.randn(N, 20)
     check_fixed_keys(q, k, scale)
     ids = torch.randint(9, (M,), dtype=torch.int32), torch.randint(9, (N,))
@@ -356,7 +360,7 @@ def test_wide_fixed_keys(multiprocessors, dtype: torch.dtype) -> None:
 def test_a_row_that_sees_no_fixed_key_has_no_gradient() -> None:
     q, k = correlated(9, 30, 5)
     ids = torch.arange(9), torch.full((30,), 4)
-    lse, dq, dscale = similarity.fixed_keys_lse_fwd(q, k, torch.tensor(7.0), *ids, True)
+    lse, dq, dscale = fixed_keys.fixed_keys_lse_fwd(q, k, torch.tensor(7.0), *ids, True)
     assert ((lse == -torch.inf) == (ids[0] == 4)).all()
     assert (dq[4] == 0).all()
     assert dscale[4] == 0
@@ -369,10 +373,10 @@ def test_same_input_same_bits(multiprocessors) -> None:
     upstream = upstream_of(q, k, True)
 
     def run() -> list[Tensor]:
-        pairs = fused_pairs(q, k, 30.0, columns=True, normalize=True, upstream=upstream)
+        paired = fused_pairs(q, k, 30.0, columns=True, normalize=True, upstream=upstream)
         classes = fused_classes(q, 3.0, torch.arange(100) % 9, upstream[0])
-        fixed = similarity.fixed_keys_lse_fwd(q, k, torch.tensor(3.0), None, None, True)
-        return [*pairs, *classes, *fixed]
+        fixed = fixed_keys.fixed_keys_lse_fwd(q, k, torch.tensor(3.0), None, None, True)
+        return [*paired, *classes, *fixed]
 
     for first, second in zip(run(), run(), strict=True):
         assert torch.equal(first, second)
@@ -388,7 +392,7 @@ def test_nan_in_one_row_reaches_every_row(normalize: bool) -> None:
     lse, dz, _ = fused_classes(k, 2.0, torch.arange(70) % 9, torch.rand(70))
     assert lse.isnan().all()
     assert dz.isnan().all()
-    lse, dq, dscale = similarity.fixed_keys_lse_fwd(q, k, torch.tensor(2.0), None, None, True)
+    lse, dq, dscale = fixed_keys.fixed_keys_lse_fwd(q, k, torch.tensor(2.0), None, None, True)
     assert all(x.isnan().all() for x in (lse, dq, dscale))
 
 
@@ -397,13 +401,13 @@ def test_workspaces_are_bounded(arch: str) -> None:
     sizes, dtypes = [1, 100, 3000, 65536, 1_000_000], [torch.float32, torch.bfloat16]
     for N, D, dtype in itertools.product(sizes, [1, 128, 1000], dtypes):
         config = (N, D, dtype, False, arch, 100)
-        options, per_group = similarity.launch_config("pair", N, *config)
+        options, per_group = tiles.launch_config("pair", N, *config)
         assert -(-N // options["BLOCK_M"]) <= 64 * per_group
-        panel = similarity._panel_rows(N, N, dtype.itemsize)
+        panel = pairs._panel_rows(N, N, dtype.itemsize)
         assert panel * N * dtype.itemsize <= max(2**25, 2048 * N * dtype.itemsize)
-        weight, _ = similarity.launch_config("weight", panel, *config)
+        weight, _ = tiles.launch_config("weight", panel, *config)
         assert panel == N or panel % weight["BLOCK_M"] == 0
         for kernel in ("product", "row_product"):
-            options, splits = similarity.launch_config(kernel, panel, *config)
-            tiles = -(-panel // options["BLOCK_M"]) * -(-D // options["BLOCK_N"])
-            assert splits == 1 or tiles * splits <= 200  # twice what runs at once
+            options, splits = tiles.launch_config(kernel, panel, *config)
+            outputs = -(-panel // options["BLOCK_M"]) * -(-D // options["BLOCK_N"])
+            assert splits == 1 or outputs * splits <= 200  # twice what runs at once

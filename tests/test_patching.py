@@ -92,6 +92,8 @@ def test_open_clips_factory_makes_our_losses() -> None:
 def test_an_unknown_library_is_named() -> None:
     with pytest.raises(ValueError, match="'lightly', 'open_clip', got 'timm'"):
         fastssl.patch("timm")
+    with pytest.raises(ValueError, match=r"library must be one of .* got \['lightly'\]"):
+        fastssl.patch(["lightly"])
 
 
 def test_import_of_fastssl_imports_no_library() -> None:

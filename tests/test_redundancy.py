@@ -116,6 +116,18 @@ def test_barlow_twins_ignores_an_affine_map_of_each_feature(target: Target) -> N
         torch.testing.assert_close(loss(mapped, z_b), loss(z_a, z_b), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize(("n", "d"), [(2000, 3), (12, 60), (40, 1030)])
+@pytest.mark.parametrize("scale", [1e12, 1e18, 1e19, 1e30])
+def test_barlow_twins_of_rows_whose_squares_overflow(n: int, d: int, scale: float) -> None:
+    for mean in (0.0, 10.0):
+        z = [scale * (x + mean) for x in views(Target("torch", "cpu"), n, d, torch.float32)]
+        exact = value_and_gradients(reference.barlow_twins, [x.double() for x in z])
+        for found, truth in zip(
+            value_and_gradients(functional.barlow_twins, z), exact, strict=True
+        ):
+            assert (found - truth).abs().max() <= 2e-5 * truth.abs().max()
+
+
 def test_means_far_from_zero_cost_no_digits(loss: str, target: Target) -> None:
     for n, d in ((50, 20), (12, 60)):
         z = [x + 1000 for x in views(target, n, d, torch.float32)]
@@ -513,6 +525,16 @@ BAD_INPUT = {
         lambda loss: loss(ZEROS, ZEROS, math.nan),
         ValueError,
         "lambda_param must be finite, got nan",
+    ),
+    "weight past float32": (
+        lambda loss: loss(ZEROS, ZEROS, 1e300),
+        ValueError,
+        r"lambda_param must be finite in float32, got 1e\+300",
+    ),
+    "eps that float32 does not hold": (
+        lambda loss: loss(ZEROS, ZEROS, eps=1e-300),
+        ValueError,
+        "eps must be positive and finite in float32, and so its inverse, got 1e-300",
     ),
     "eps of 0": (
         lambda loss: loss(ZEROS, ZEROS, eps=0.0),

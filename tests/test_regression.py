@@ -110,6 +110,21 @@ def test_length_does_not_matter_however_long(device: str) -> None:
     assert value.isfinite()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("eps", [1e-8, 1e-30])
+def test_short_rows_are_divided_by_eps(device: str, dtype: torch.dtype, eps: float) -> None:
+    for scale in (1e-6, 1e-15, 1e-20, 1e-25, 1e-33):
+        x0, x1 = views(6, 8, device, dtype)
+        for x in ((scale * x0, x1), (x0, scale * x1)):
+            found = value_and_gradients(partial(loss, eps=eps), x)
+            exact = [view.double() for view in x]
+            expected = value_and_gradients(partial(plain, eps=eps), exact)
+            value = -torch.cosine_similarity(*exact, eps=eps).mean()
+            torch.testing.assert_close(expected[0], value, rtol=1e-12, atol=0)
+            for a, b in zip(found, expected, strict=True):
+                assert (a - b).abs().max() <= 1e-6 * b.abs().max()
+
+
 def test_half_precision_is_computed_in_float32_and_a_loss_scale_is_safe(device: str) -> None:
     for dtype in (torch.float16, torch.bfloat16):
         x = views(64, 128, device, dtype)
@@ -182,6 +197,12 @@ def test_the_symmetric_loss_is_the_mean_of_both_directions_and_stops_the_gradien
         (lambda x: loss(x[:0], x[:0]), ValueError, r"no dimension 0, got \(0, 4\)"),
         (lambda x: loss(x, x, 2), ValueError, r"dim must be -2 to 1 for shape \(8, 4\), got 2"),
         (lambda x: loss(x, x, 1.0), TypeError, "dim must be a whole number, got float"),
+        (
+            lambda x: fastssl.NegativeCosineSimilarity("x"),
+            TypeError,
+            "dim must be a whole number, got str",
+        ),
+        (lambda x: loss(x.to_sparse(), x), TypeError, "x0 must be dense, got layout sparse_coo"),
         (lambda x: loss(x, x, 1, 0.0), ValueError, "eps must be positive and finite, got 0.0"),
         (
             lambda x: fastssl.NegativeCosineSimilarity(eps=-1.0),

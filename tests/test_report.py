@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from fastssl.trainer import data, evaluate, networks, report
@@ -149,7 +150,8 @@ def test_the_report_holds_the_numbers_of_the_run(whole: tuple[Path, str]) -> Non
         "92.1 ± 1.2",
         "83.2 ± 1.2",
         "74.3 ± 1.2",
-        "best features are those after block2; pretraining adds most after block2, 4.2 points.",
+        "best features are those after block2; pretraining adds most after block2, 4.2 points, "
+        "and takes most after block1, 3.3 points.",
     ):
         assert number in text, number
     assert "standard deviation is 0.97 and the effective rank 67 of" in text
@@ -175,7 +177,8 @@ def test_the_summary_tells_what_was_measured(whole: tuple[Path, str]) -> None:
         ((), "has not finished its first epoch"),
         (("history",), "There is no pretrained backbone in this folder yet"),
         (("history",), "from 5.123 to 4.432"),
-        (("history",), "The backbone has not been evaluated"),
+        (("history",), "Pretraining has not finished: fastssl pretrain --resume --out "),
+        (("history", "backbone"), "The backbone has not been evaluated: fastssl evaluate "),
     ],
 )
 def test_a_part_of_a_run_has_a_report(tmp_path: Path, files: tuple[str, ...], says: str) -> None:
@@ -208,6 +211,53 @@ def test_random_features_that_are_better_are_told() -> None:
     stages = [{"name": "stem", "width": 8, "pretrained": 0.5, "random": 0.6}]
     told = report._stages({**RESULTS, "stages": stages})["text"]
     assert "after no stage are they better than those of the random network" in told
+    assert told.endswith(", and takes most after stem, 10.0 points.")
+
+
+@pytest.mark.parametrize(
+    ("last", "says"),
+    [
+        ("4.4321", "After 3 of 3 epochs the loss fell from 5.123 to 4.432"),
+        ("5.9", "After 3 of 3 epochs the loss rose from 5.123 to 5.900"),
+        ("5.12341", "After 3 of 3 epochs the loss is 5.123, and"),
+    ],
+)
+def test_the_summary_says_where_the_loss_went(tmp_path: Path, last: str, says: str) -> None:
+    run = make_run(tmp_path / "run", "history")
+    (run / "metrics.csv").write_text(HISTORY.replace("4.4321", last))
+    assert report.summary(run).startswith(says)
+
+
+def test_pretraining_that_did_not_help_is_told(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "history", "backbone", "results")
+    evaluate._write(run, {**RESULTS, "knn": {"pretrained": 0.8, "random": 0.9}})
+    told = report.summary(run)
+    assert "3 epochs did not help: by the network's features nearest neighbours classify" in told
+    assert "80.0% of 360 unseen images, against 90.0% with the same network untrained" in told
+    evaluate._write(run, {**RESULTS, "knn": {"pretrained": 0.90004, "random": 0.9}})
+    assert "did not help" in report.summary(run)  # 90.0% against 90.0%
+
+
+def test_an_unfinished_run_is_told_no_command_that_fails(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a run", "history")
+    text = Page(report.write_report(run).read_text()).text
+    assert "load_backbone" not in text
+    assert "fastssl evaluate" not in text
+    assert text.count(f"fastssl pretrain --resume --out '{run}'") == 2  # to be pasted
+
+
+def test_one_epoch_and_one_number_of_labels_stand_in_the_middle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "metrics.csv").write_text("\n".join(HISTORY.splitlines()[:2]))
+    monkeypatch.setattr(report, "_figure", lambda draw, *_: draw)
+    loss = report._training(report._history(run), None, evaluate.run_config(run))["curves"][0][0]
+    few = report._few_labels({**RESULTS, "few_labels": RESULTS["few_labels"][:1]})["figure"]
+    for draw, limits in ((loss, (0, 2)), (few, (20 / 1.5, 20 * 1.5))):
+        ax = Figure().add_subplot()
+        draw(ax)
+        assert ax.get_xlim() == pytest.approx(limits)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -304,6 +354,18 @@ def test_images_without_labels_have_a_map_and_neighbours(
     text = Page(report.write_report(run).read_text()).text
     assert "has not been evaluated: data set 'folder' has no labels" in text
     assert "An image and the images most similar to it." in text
+
+
+def test_few_images_have_neighbours_and_a_word_on_the_map(tmp_path: Path) -> None:
+    digits = data.load("digits")
+    own = dataclasses.replace(
+        digits, pretrain=[digits.train[i] for i in range(6)], train=None, test=None, classes=()
+    )
+    run = make_run(tmp_path / "run", "history", "backbone")
+    text = Page(report.write_report(run, data=own).read_text()).text
+    assert "There is no map of so few images: here are 6, and it takes 10." in text
+    assert "An image and the images most similar to it." in text
+    assert "no pretrained backbone" not in text
 
 
 def test_errors_name_the_path(tmp_path: Path) -> None:

@@ -99,6 +99,32 @@ def test_what_is_finished_is_not_repeated(small, tmp_path, monkeypatch):
     assert "own" not in METHODS
 
 
+def test_a_single_seed_is_said_once_and_has_no_deviation(small, tmp_path):
+    assert reproduce(Pair(), out="once", seeds=1)
+    text = (tmp_path / "once" / "text.md").read_text()
+    assert text.count("nothing is claimed") == 1
+    assert "standard deviation" not in text
+    assert "\nTrained once: experiment pair," in text
+    assert reproduce(Pair(), out="once", seeds=2)
+    text = (tmp_path / "once" / "text.md").read_text()
+    assert "nothing is claimed" not in text
+    assert "\nMean and standard deviation: experiment pair," in text
+
+
+def test_a_signal_in_the_last_step_stops_the_experiment(small, capsys, monkeypatch):
+    take = loop.Trainer._train_step
+
+    def interrupt(trainer, batch):
+        if trainer.step + 1 == trainer.steps:
+            os.kill(os.getpid(), signal.SIGINT)
+        return take(trainer, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Trainer, "_train_step", interrupt)
+        assert not reproduce(Pair(), out="parts", seeds=1)
+    assert reproduce(Pair(), out="parts", seeds=1)
+
+
 def test_an_interrupted_experiment_goes_on_to_the_same_numbers(small, capsys, monkeypatch):
     assert reproduce(Pair(), out="whole", seeds=2)
     take = loop.Trainer._train_step
@@ -133,7 +159,7 @@ def test_nothing_is_claimed_within_deviation():
     assert far.compare("a", "b", "knn") == far.compare("b", "a", "knn") == said
     alone = found(a=[0.1], b=[0.9])
     assert alone.lead("a", "b", "knn") == 0
-    said = "a (10.0%) and b (90.0%): with a single seed nothing is claimed."
+    said = "a (10.0%) stands beside b (90.0%)."
     assert alone.compare("a", "b", "knn") == said
 
 

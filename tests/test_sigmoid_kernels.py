@@ -8,6 +8,7 @@ from targets import NEEDS_INTERPRETER
 from torch import Tensor
 from torch.nn.functional import normalize
 
+gpu = pytest.importorskip("fastssl.kernels.gpu")
 sigmoid = pytest.importorskip("fastssl.kernels.sigmoid")
 
 pytestmark = [NEEDS_INTERPRETER, pytest.mark.usefixtures("outputs_begin_as_nan")]
@@ -19,7 +20,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3}  # of the largest entry
 
 @pytest.fixture
 def multiprocessors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(sigmoid, "target", lambda device: ("interpreter", request.param))
+    monkeypatch.setattr(gpu, "target", lambda device: ("interpreter", request.param))
     return request.param
 
 

@@ -10,7 +10,7 @@ from targets import Target
 from torch import Tensor
 
 from fastssl import reference
-from fastssl.ops import sigmoid, similarity
+from fastssl.ops import fixed_keys, pairs, sigmoid, similarity, two_views
 
 # Rows, columns, features.
 SHAPES = [(32, 64, 16), (33, 70, 21), (1, 9, 8), (40, 1, 8), (5, 6, 270)]
@@ -155,18 +155,18 @@ def plain_pairs(
 ) -> Tensor:
     x = scores(q, k, scale, normalize)
     at = torch.arange(len(q), device=q.device) + first
-    pairs = x[at - first, at]
+    own = x[at - first, at]
     hidden = at[:, None] == torch.arange(len(k), device=q.device)
     if ids is not None:
         hidden = hidden | (ids[at][:, None] == ids)
     x = x.masked_fill(hidden, -torch.inf)
-    found = (x - pairs[:, None]).logsumexp(1)
-    return torch.cat([found, (x - pairs).logsumexp(0)]) if columns else found
+    found = (x - own[:, None]).logsumexp(1)
+    return torch.cat([found, (x - own).logsumexp(0)]) if columns else found
 
 
 def fused_pairs(target: Target, *args: object, **options: object) -> Callable[..., Tensor]:
     return lambda q, k, scale: torch.cat(
-        similarity.pair_lse(q, k, scale, *args, **options, backend=target.backend)
+        pairs.pair_lse(q, k, scale, *args, **options, backend=target.backend)
     )
 
 
@@ -219,9 +219,7 @@ def test_a_pair_without_negatives_is_minus_infinity(target: Target, columns: boo
 
 def test_columns_not_asked_for_are_empty(target: Target) -> None:
     q, k = rows(target, 4, 4, 6)
-    _, cols = similarity.pair_lse(
-        q, k, torch.tensor(3.0, device=target.device), backend=target.backend
-    )
+    _, cols = pairs.pair_lse(q, k, torch.tensor(3.0, device=target.device), backend=target.backend)
     assert cols.shape == (0,)
 
 
@@ -229,7 +227,7 @@ def test_one_side_of_the_pairs_alone_gets_its_gradient(target: Target) -> None:
     q, k = rows(target, 21, 21, 6)
     s = torch.tensor(3.0, device=target.device)
     for side in (0, 1):
-        part = lambda q, k, s, side=side: similarity.pair_lse(  # noqa: E731
+        part = lambda q, k, s, side=side: pairs.pair_lse(  # noqa: E731
             q, k, s, columns=True, backend=target.backend
         )[side]
 
@@ -313,8 +311,8 @@ def test_operators_agree_where_they_are_the_same(target: Target) -> None:
     mean = (s * z @ z.T).fill_diagonal_(0).sum(1) / 29
     torch.testing.assert_close(fused_classes(target, 0 * at)(z, s), lse - mean)
     partner = (s * z[:15] * z[15:]).sum(1).repeat(2)
-    two_views = similarity.two_view_lse(z[:15], z[15:], s, backend=target.backend)
-    torch.testing.assert_close(torch.nn.functional.softplus(two_views), lse - partner)
+    less = two_views.two_view_lse(z[:15], z[15:], s, backend=target.backend)
+    torch.testing.assert_close(torch.nn.functional.softplus(less), lse - partner)
 
 
 def plain_sigmoid(
@@ -362,7 +360,7 @@ def operators(
     classes = torch.arange(6, device=target.device) % 3
     weights = torch.rand(3, 3, device=target.device)
     to = target.backend
-    fixed, sigmoids = similarity._fixed_keys_lse, sigmoid._sigmoid_sum
+    fixed, sigmoids = fixed_keys._fixed_keys_lse, sigmoid._sigmoid_sum
     return {
         "rows": (similarity._similarity_lse, (q, k, s, ids, ids, True, to)),
         "rows as they are": (similarity._similarity_lse, (q, k, s, ids, ids, False, to)),
@@ -371,11 +369,11 @@ def operators(
             fixed,
             (q.detach(), k.detach(), s.detach(), ids, ids, False, to),
         ),
-        "pairs": (similarity._pair_lse, (q[:3], k, s, ids, 2, False, True, to)),
-        "pairs both sides": (similarity._pair_lse, (q, k, s, ids, 0, True, False, to)),
+        "pairs": (pairs._pair_lse, (q[:3], k, s, ids, 2, False, True, to)),
+        "pairs both sides": (pairs._pair_lse, (q, k, s, ids, 0, True, False, to)),
         "classes": (similarity._class_lse, (q, s, classes, None, to)),
         "classes with weights": (similarity._class_lse, (q, s, classes, weights, "torch")),
-        "two views": (similarity._two_view_lse, (q, k, s, ids, to)),
+        "two views": (two_views._two_view_lse, (q, k, s, ids, to)),
         "sigmoid": (sigmoids, (q, k, s, b, ids, 0, [True] * 4, to)),
         "sigmoid of one side": (
             sigmoids,

@@ -307,6 +307,31 @@ BAD_INPUT = {
         ValueError,
         "mask must be on the features' device cpu, got meta",
     ),
+    "a mask to be trained": (
+        lambda: functional.supcon(Z, mask=torch.eye(4, requires_grad=True)),
+        ValueError,
+        "mask must not require a gradient",
+    ),
+    "a complex mask": (
+        lambda: functional.supcon(Z, mask=torch.eye(4, dtype=torch.complex64)),
+        TypeError,
+        "mask must be real, got torch.complex64",
+    ),
+    "a negative mask": (
+        lambda: functional.supcon(Z, mask=torch.eye(4) - 0.5),
+        ValueError,
+        "mask must hold finite weights, none negative, got -0.5",
+    ),
+    "a mask of NaN": (
+        lambda: functional.supcon(Z, mask=torch.eye(4) * torch.nan),
+        ValueError,
+        "mask must hold finite weights, none negative, got nan",
+    ),
+    "base temperature of too large an inverse": (
+        lambda: functional.supcon(Z, base_temperature=1e-40),
+        ValueError,
+        "base_temperature must be positive and finite in float32, and so its inverse, got 1e-40",
+    ),
     "unknown mode": (
         lambda: functional.supcon(Z, contrast_mode="some"),
         ValueError,

@@ -26,6 +26,7 @@ from fastssl.trainer.methods import METHODS
 from fastssl.trainer.methods.base import Method
 
 TIMES = ("seconds", "images_per_second", "loss_share")
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 # Small networks, and all that a method does within a few epochs of four steps.
 SMALL = {
     "simclr": {},
@@ -229,9 +230,105 @@ def test_resuming_a_complete_run_does_nothing(tiny, capsys):
 
 
 def test_a_run_is_not_overwritten(tiny):
-    pretrain(Config(**tiny(epochs=1)))
+    run = pretrain(Config(**tiny(epochs=1)))
     with pytest.raises(ValueError, match=r"out: .*run holds a run already.*--resume"):
         pretrain(Config(**tiny(epochs=1)))
+    for file in run.path.glob("checkpoint*"):  # as before the first checkpoint
+        file.unlink()
+    with pytest.raises(ValueError, match=r"out: .*run holds a run already.*--resume"):
+        pretrain(Config(**tiny(epochs=1)))
+    assert pretrain(Config(**tiny(epochs=1)), resume=True).complete
+
+
+def test_a_folder_takes_one_run_at_a_time(tiny, at_step):
+    refused = []
+
+    def start_another(trainer):
+        with pytest.raises(ValueError, match=r"out: another run is being written to .*run; wait"):
+            pretrain(Config(**tiny(epochs=1)), resume=True)
+        refused.append(trainer.step)
+
+    at_step(2, start_another)
+    assert pretrain(Config(**tiny(epochs=1))).complete
+    assert refused == [2]
+    assert pretrain(Config(**tiny(epochs=1)), resume=True).complete
+
+
+def test_what_is_missing_of_a_complete_run_is_written_anew(tiny):
+    run = pretrain(Config(**tiny(epochs=1)))
+    options = read_options(run.path / "config.yaml")
+    before = load_backbone(run.path).state_dict()
+    for name in ("backbone.safetensors", "config.yaml"):
+        (run.path / name).unlink()
+        assert pretrain(Config(**tiny(epochs=1)), resume=True).complete
+        assert read_options(run.path / "config.yaml") == options
+        after = load_backbone(run.path).state_dict()
+        assert all(torch.equal(value, before[key]) for key, value in after.items())
+
+
+def test_a_crash_while_the_config_is_written_keeps_the_old_one(tiny, monkeypatch):
+    run = pretrain(Config(**tiny(epochs=1)))
+    before = {name: (run.path / name).read_text() for name in ("config.yaml", "environment.json")}
+    (run.path / "backbone.safetensors").unlink()
+    replace = os.replace
+
+    for name in before:
+
+        def crash(source, target, name=name):
+            if target.name == name:
+                raise KeyboardInterrupt
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", crash)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(Config(**tiny(epochs=1)), resume=True)
+        assert before == {name: (run.path / name).read_text() for name in before}
+
+
+def test_tensorboard_has_every_step_once_after_a_stop_and_after_a_crash(tiny, at_step, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with monkeypatch.context() as patch:
+        at_step(5, lambda trainer: os.kill(os.getpid(), signal.SIGINT))
+        assert not pretrain(Config(**tiny())).complete
+        save = checkpoint.save
+        monkeypatch.undo()
+
+        def crash(folder, state):
+            if state["step"] == 8:
+                raise OSError("the disk is full")
+            save(folder, state)
+
+        patch.setattr(checkpoint, "save", crash)
+        time.sleep(1)  # TensorBoard reads files in the order of the seconds in their names
+        with pytest.raises(OSError, match="full"):
+            pretrain(Config(**tiny()), resume=True)
+    time.sleep(1)
+    run = pretrain(Config(**tiny()), resume=True)
+    logs = EventAccumulator(str(run.path / "tensorboard")).Reload()
+    assert [event.step for event in logs.Scalars("train/loss")] == list(range(1, 13))
+    assert [event.step for event in logs.Scalars("epoch/loss")] == [4, 8, 12]
+    losses = [event.value for event in logs.Scalars("epoch/loss")]
+    assert losses == pytest.approx([row["loss"] for row in run.history])
+
+
+def test_a_signal_in_the_last_step_ends_as_an_interruption(tiny, at_step, capsys):
+    at_step(11, lambda trainer: os.kill(os.getpid(), signal.SIGINT))
+    run = pretrain(Config(**tiny()))
+    assert not run.complete
+    assert (run.path / "backbone.safetensors").exists()
+    assert "stopped after step 12 of 12; continue with:" in capsys.readouterr().out
+    assert pretrain(Config(**tiny()), resume=True).complete
+
+
+def test_options_that_are_no_config_are_named():
+    with pytest.raises(TypeError, match="config must be a Config, got dict"):
+        pretrain({"epochs": 1})
+
+
+def test_float16_is_refused_on_a_cpu(tiny):
+    with pytest.raises(ValueError, match="precision must be float32 or bfloat16 on a CPU"):
+        pretrain(Config(**tiny(precision="float16")))
 
 
 @pytest.mark.parametrize(
@@ -319,9 +416,14 @@ def test_a_folder_without_labels_trains_without_knn(unlabelled):
     assert load_backbone(run.path).about["size"] == 8
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_autocast_trains_float32_weights_near_those_of_float32(unlabelled, tmp_path, precision):
-    options = {**unlabelled, "optimizer": "sgd", "lr": 1e-3}
+@pytest.mark.parametrize(
+    ("precision", "device"),
+    [("bfloat16", "cpu"), pytest.param("float16", "cuda", marks=[pytest.mark.gpu, NO_GPU])],
+)
+def test_autocast_trains_float32_weights_near_those_of_float32(
+    unlabelled, tmp_path, precision, device
+):
+    options = {**unlabelled, "optimizer": "sgd", "lr": 1e-3, "device": device}
     exact = pretrain(Config(**options))
     run = pretrain(Config(**{**options, "precision": precision, "out": str(tmp_path / precision)}))
     assert run.history[0]["loss"] != exact.history[0]["loss"]
@@ -331,8 +433,8 @@ def test_autocast_trains_float32_weights_near_those_of_float32(unlabelled, tmp_p
 
 
 def test_a_gradient_that_overflows_float16_lowers_the_scale_and_training_goes_on(unlabelled):
-    config = Config(**{**unlabelled, "precision": "float16", "optimizer": "sgd"})
-    trainer = loop.Trainer(config)
+    trainer = loop.Trainer(Config(**{**unlabelled, "optimizer": "sgd"}))
+    trainer.scaler = torch.amp.GradScaler("cpu")  # as float16 has it, in float32 for a CPU's sake
     trainer.backbone[0].weight.register_hook(lambda g: g * (1e38 if trainer.step == 0 else 1))
     before = trainer.backbone[0].weight.clone()
     scale = trainer.scaler.get_scale()
@@ -506,6 +608,7 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path):
         ),
         ({"lr": math.inf}, "lr must be at least 0 and finite, got inf"),
         ({"weight_decay": -1}, "weight_decay must be at least 0 and finite, got -1"),
+        ({"seed": 2**64}, r"seed must be less than 2\^64, got 18446744073709551616"),
         ({"out": 3}, "out must be a string, got 3"),
         ({"image_size": 32}, "image_size is for dataset 'folder' only, got 32"),
         ({"epochs": 5, "warmup_epochs": 5}, r"warmup_epochs must be less than epochs \(5\), got 5"),

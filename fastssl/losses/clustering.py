@@ -1,20 +1,21 @@
 """Losses by which views of an image are assigned to the same prototypes."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from fastssl.distributed import Group, Ranks, sum_over_ranks
-from fastssl.losses.checks import (
+from fastssl.checks import (
     check_choice,
     check_count,
     check_embeddings,
+    check_no_tangents,
     check_number,
     check_ranks,
 )
+from fastssl.distributed import Group, Ranks, sum_over_ranks
 from fastssl.losses.module import LossModule
 from fastssl.ops import backend as backends
 from fastssl.ops.sinkhorn import sinkhorn
@@ -70,12 +71,12 @@ def sinkhorn_knopp(
         RuntimeError: The backend that was named cannot run here.
 
     Example:
-        >>> sinkhorn_knopp(torch.randn(8, 5)).sum(1)
-        tensor([1., 1., 1., 1., 1., 1., 1., 1.])
+        >>> sinkhorn_knopp(torch.randn(8, 5)).sum(1).allclose(torch.ones(8))
+        True
     """
     ranks = check_ranks("scores", scores, gather_distributed, group)
     check_embeddings("scores", scores, letters="B and K")
-    check_number("epsilon", epsilon, positive=True)
+    check_number("epsilon", epsilon, scores, positive=True)
     check_count("iterations", iterations)
     if hard and differentiable:
         raise ValueError("hard codes have no gradient: give hard=True or differentiable=True")
@@ -154,13 +155,15 @@ def swav(
         >>> swav(crops[:2], crops[2:]).shape
         torch.Size([])
     """
-    high, low = list(high_resolution_outputs), list(low_resolution_outputs)
-    queue = None if queue_outputs is None else list(queue_outputs)
+    high = _listed("high_resolution_outputs", high_resolution_outputs)
+    low = _listed("low_resolution_outputs", low_resolution_outputs)
+    queue = None if queue_outputs is None else _listed("queue_outputs", queue_outputs)
     first = "high_resolution_outputs[0]"
     ranks = check_ranks(first, high[0], gather_distributed, group) if high else None
     _check_crops(high, low, queue)
-    check_number("temperature", temperature, positive=True)
-    check_number("epsilon", epsilon, positive=True)
+    check_number("temperature", temperature, high[0], positive=True)
+    check_number("epsilon", epsilon, high[0], positive=True)
+    check_no_tangents(*high, *low)
     check_count("iterations", iterations)
     chosen = backends.resolve(backend, high[0])
 
@@ -270,6 +273,7 @@ class SwaVLoss(LossModule):
 def _unrolled(scores: Tensor, epsilon: float, iterations: int, ranks: Ranks | None) -> Tensor:
     """Codes with their gradient, in PyTorch on logarithms."""
     B, K = sum(ranks.sizes) if ranks else len(scores), scores.shape[1]
+    dtype = scores.dtype
 
     def over_samples(x: Tensor) -> Tensor:
         if ranks is None:
@@ -279,12 +283,22 @@ def _unrolled(scores: Tensor, epsilon: float, iterations: int, ranks: Ranks | No
         return sum_over_ranks((x - top).exp().sum(0), ranks.group).log() + top
 
     with torch.autocast(scores.device.type, enabled=False):
-        log_codes = scores.to(torch.promote_types(scores.dtype, torch.float32)) / epsilon
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        top = scores.detach().max()  # what all scores have in common shall cost no digits
+        if ranks is not None:
+            dist.all_reduce(top, op=dist.ReduceOp.MAX, group=ranks.group)
+        log_codes = (scores - top) / epsilon
         log_codes = log_codes - over_samples(log_codes).logsumexp(0)
         for _ in range(iterations):
             log_codes = log_codes - over_samples(log_codes) - math.log(K)
             log_codes = log_codes - log_codes.logsumexp(1, keepdim=True) - math.log(B)
-        return (log_codes + math.log(B)).exp().to(scores.dtype)
+        return (log_codes + math.log(B)).exp().to(dtype)
+
+
+def _listed(name: str, tensors: Iterable[Tensor]) -> list[Tensor]:
+    if not isinstance(tensors, Iterable):
+        raise TypeError(f"{name} must be a sequence of tensors, got {type(tensors).__name__}")
+    return list(tensors)
 
 
 def _check_crops(high: list[Tensor], low: list[Tensor], queue: list[Tensor] | None) -> None:

@@ -7,23 +7,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastssl.distributed import EXCHANGES, Group, Ranks, world_size
-from fastssl.losses.checks import (
+from fastssl.checks import (
     check_choice,
+    check_count,
     check_embeddings,
     check_ids,
     check_like,
+    check_no_tangents,
     check_number,
     check_ranks,
     check_scalar,
     check_views,
 )
+from fastssl.distributed import EXCHANGES, Group, Ranks, world_size
 from fastssl.losses.module import LossModule
 from fastssl.memory_bank import MemoryBankModule
 from fastssl.ops import backend as backends
+from fastssl.ops.pairs import pair_lse
 from fastssl.ops.ring import class_sums, ring_class_sums, ring_lse, ring_sigmoid_sum
 from fastssl.ops.sigmoid import sigmoid_sum
-from fastssl.ops.similarity import class_lse, pair_lse, similarity_lse, two_view_lse
+from fastssl.ops.similarity import class_lse, similarity_lse
+from fastssl.ops.two_views import two_view_lse
 
 REDUCTIONS = ("mean", "sum", "none")
 CONTRAST_MODES = ("all", "one")
@@ -58,8 +62,8 @@ def nt_xent(
         z0: [N, D] embeddings of one view, float64, float32, bfloat16 or float16; need not be
             normalised. A row of length at most 1e-12 counts as zero and gets no gradient.
         z1: [N, D] embeddings of the other view, of z0's dtype and device.
-        temperature: Positive number, or a 0-dim tensor, which then gets its gradient. A tensor's
-            value is not looked at outside a CPU, since that would stop the device.
+        temperature: Positive number, or a tensor of one element, which then gets its gradient. A
+            tensor's value is not looked at outside a CPU, since that would stop the device.
         reduction: ``"mean"``, ``"sum"``, or ``"none"`` for the 2N terms, those of z0's rows first.
         ids: [N] integers naming the samples. Rows of samples with the same id are not each other's
             negatives; a row's positive stays.
@@ -85,7 +89,8 @@ def nt_xent(
     """
     ranks = check_ranks("z0", z0, gather_distributed, group)
     check_views(z0=z0, z1=z1)
-    check_scalar("temperature", temperature)
+    check_scalar("temperature", temperature, z0)
+    check_no_tangents(z0, z1, temperature)
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("exchange", exchange, EXCHANGES)
     if ids is not None:
@@ -103,7 +108,7 @@ class NTXentLoss(LossModule):
     gradient).
 
     Args:
-        temperature: Positive number, or a 0-dim tensor; a Parameter is learned.
+        temperature: Positive number, or a tensor of one element; a Parameter is learned.
         memory_bank_size: (number of negatives, D); a number alone takes D from the first batch; 0
             for no memory bank.
         gather_distributed: Whether the batch is that of all ranks of a process group; without one
@@ -224,8 +229,8 @@ def info_nce(
         negatives: [K, D] keys that are negatives of every query; [N, K, D], each query's own, which
             are held at unit length beside the input; or None, where a query's negatives are the
             other queries' positives.
-        temperature: Positive number, or a 0-dim tensor, which then gets its gradient. A tensor's
-            value is not looked at outside a CPU, since that would stop the device.
+        temperature: Positive number, or a tensor of one element, which then gets its gradient. A
+            tensor's value is not looked at outside a CPU, since that would stop the device.
         reduction: ``"mean"``, ``"sum"``, or ``"none"`` for the N terms.
         ids: [N] integers naming the queries' samples. A key of the same sample is not a negative.
         negative_ids: [K] or [N, K] integers naming the negatives' samples: given with ids where
@@ -255,7 +260,8 @@ def info_nce(
     """
     ranks = check_ranks("query", query, gather_distributed, group)
     check_views(query=query, positive=positive)
-    check_scalar("temperature", temperature)
+    check_scalar("temperature", temperature, query)
+    check_no_tangents(query, positive, negatives, temperature)
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("exchange", exchange, EXCHANGES)
     if ids is not None:
@@ -278,22 +284,25 @@ def info_nce(
         return _reduced(_cross_entropy(lse), reduction, ranks)
 
     _check_negatives(negatives, query, ids, negative_ids)
-    scores = scale * _cosines(query, positive)
+    cosines = _cosines(query, positive)
     if negatives.dim() == 2:
         lse = similarity_lse(query, negatives, scale, ids, negative_ids, backend=backend)
+        lse = lse - scale * cosines
     else:
-        own = scale * _cosines(query[:, None], negatives)
+        own = scale * (_cosines(query[:, None], negatives) - cosines[:, None])
         if ids is not None and negative_ids is not None:
             own = own.masked_fill(ids[:, None] == negative_ids, -torch.inf)
-        lse = own.logsumexp(1)
-    return _reduced(_cross_entropy(lse - scores), reduction, ranks)
+        # Relative to the largest, so that the weights, exp(own - lse), sum to 1 to the last digit.
+        top = own.detach().amax(1, keepdim=True).clamp_min(torch.finfo(own.dtype).min)
+        lse = (own - top).logsumexp(1) + top[:, 0]
+    return _reduced(_cross_entropy(lse), reduction, ranks)
 
 
 class InfoNCELoss(LossModule):
     """InfoNCE as a module: queries against positives and, with MoCo, a queue of negatives.
 
     Args:
-        temperature: Positive number, or a 0-dim tensor; a Parameter is learned.
+        temperature: Positive number, or a tensor of one element; a Parameter is learned.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         gather_distributed: Whether the batch is that of all ranks of a process group, as in
             ``functional.info_nce``; without one it makes no difference.
@@ -394,14 +403,15 @@ def dcl(
         z0: [N, D] embeddings of one view, float64, float32, bfloat16 or float16; need not be
             normalised. A row of length at most 1e-12 counts as zero and gets no gradient.
         z1: [N, D] embeddings of the other view, of z0's dtype and device.
-        temperature: Positive number, or a 0-dim tensor, which then gets its gradient.
+        temperature: Positive number, or a tensor of one element, which then gets its gradient.
         weight_fn: Called with the unit rows of both views [N, D], then with them exchanged; returns
-            the weights [N] of the positives of its first argument's rows. None: weights of 1. Over
-            several ranks the rows are those of all, and only ``mises_fisher_weights``, which look
-            at no row but at the cosines of the positives, go with a ring.
+            the weights [N], floating point, of the positives of its first argument's rows. None:
+            weights of 1. Over several ranks the rows are those of all, and only
+            ``mises_fisher_weights``, which look at no row but at the cosines of the positives, go
+            with a ring.
         reduction: ``"mean"``, ``"sum"``, or ``"none"`` for the 2N terms, those of z0's rows first.
         ids: [N] integers naming the samples. Rows of samples with the same id are not each other's
-            negatives.
+            negatives. A row that is left without negatives has a term of minus infinity.
         gather_distributed: Whether the batch is that of all ranks of a process group, of which
             z0 and z1 are a part; without one it makes no difference.
         group: The process group; None for the default one.
@@ -424,11 +434,13 @@ def dcl(
     """
     ranks = check_ranks("z0", z0, gather_distributed, group)
     check_views(z0=z0, z1=z1)
-    check_scalar("temperature", temperature)
+    check_scalar("temperature", temperature, z0)
+    check_no_tangents(z0, z1, temperature)
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("exchange", exchange, EXCHANGES)
     if ids is not None:
         check_ids("ids", ids, z0)
+    _check_weight_fn(weight_fn)
     if len(z0) == 1 and ranks is None:
         raise ValueError("z0 and z1 must have at least 2 rows, or there are no negatives, got 1")
     of_cosines = getattr(weight_fn, "func", weight_fn) is mises_fisher_weights
@@ -450,8 +462,8 @@ def dcl(
                 u0, u1 = cosines[:, None], torch.ones_like(cosines[:, None])
             u0, u1 = ranks.gather(u0), ranks.gather(u1)
         own = slice(None) if ranks is None else ranks.own
-        weights = torch.cat([weight_fn(u0, u1)[own], weight_fn(u1, u0)[own]])
-        terms = terms + (1 - weights) * scale * cosines.repeat(2)
+        weights = [_weights(weight_fn, a, b) for a, b in ((u0, u1), (u1, u0))]
+        terms = terms + (1 - torch.cat([x[own] for x in weights])) * scale * cosines.repeat(2)
     return _reduced(terms, reduction, ranks)
 
 
@@ -459,7 +471,7 @@ class DCLLoss(LossModule):
     """Decoupled contrastive learning as a module, in the place of lightly's ``DCLLoss``.
 
     Args:
-        temperature: Positive number, or a 0-dim tensor; a Parameter is learned.
+        temperature: Positive number, or a tensor of one element; a Parameter is learned.
         weight_fn: Called with the unit rows of both views [N, D], then with them exchanged; returns
             the weights [N] of the positives of its first argument's rows. None: weights of 1.
         gather_distributed: Whether the batch is that of all ranks of a process group; without one
@@ -469,7 +481,7 @@ class DCLLoss(LossModule):
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Raises:
-        TypeError: temperature is neither a number nor a tensor.
+        TypeError: temperature is neither a number nor a tensor, or weight_fn not callable.
         ValueError: temperature or backend is not accepted.
 
     Example:
@@ -497,6 +509,7 @@ class DCLLoss(LossModule):
     ) -> None:
         check_scalar("temperature", temperature)
         check_choice("exchange", exchange, EXCHANGES)
+        _check_weight_fn(weight_fn)
         super().__init__(
             temperature=temperature,
             weight_fn=weight_fn,
@@ -533,7 +546,13 @@ def mises_fisher_weights(z0: Tensor, z1: Tensor, sigma: float = 0.5) -> Tensor:
 
     Returns:
         [N], of z0's dtype.
+
+    Raises:
+        TypeError: An argument is of another type or dtype.
+        ValueError: Shapes, devices or values do not fit.
     """
+    check_views(z0=z0, z1=z1)
+    check_number("sigma", sigma, z0, positive=True)
     cosines = (z0.detach() * z1.detach()).sum(1)
     return 2 - len(z0) * torch.softmax(cosines / sigma, 0)
 
@@ -542,7 +561,7 @@ class DCLWLoss(DCLLoss):
     """DCL with the weights of ``mises_fisher_weights``, in the place of lightly's ``DCLWLoss``.
 
     Args:
-        temperature: Positive number, or a 0-dim tensor; a Parameter is learned.
+        temperature: Positive number, or a tensor of one element; a Parameter is learned.
         sigma: Positive number; large ones make all weights alike.
         gather_distributed: Whether the batch is that of all ranks of a process group; without one
             it makes no difference.
@@ -614,9 +633,10 @@ def supcon(
         features: [B, V, ...] embeddings of V views of B samples, float64, float32, bfloat16 or
             float16; dimensions after the second are flattened.
         labels: [B] or [B, 1] integers; rows with the same label are positives of each other.
-        mask: [B, B] weights in place of labels: how much of a positive sample j is for sample i.
+        mask: [B, B] weights in place of labels, finite and none negative: how much of a positive
+            sample j is for sample i. They are constants, and must not require a gradient.
             Without labels and mask the positives are the other views, as in SimCLR.
-        temperature: Positive number, or a 0-dim tensor, which then gets its gradient.
+        temperature: Positive number, or a tensor of one element, which then gets its gradient.
         contrast_mode: ``"all"``: every row is an anchor; ``"one"``: those of the first view.
         base_temperature: Positive number that the loss is divided by, as temperature multiplies it.
         gather_distributed: Whether the batch is that of all ranks of a process group, of which
@@ -642,10 +662,11 @@ def supcon(
     """
     ranks = check_ranks("features", features, gather_distributed, group)
     _check_features(features, labels, mask)
-    check_scalar("temperature", temperature)
+    check_scalar("temperature", temperature, features)
+    check_no_tangents(features, temperature)
     check_choice("contrast_mode", contrast_mode, CONTRAST_MODES)
     check_choice("exchange", exchange, EXCHANGES)
-    check_number("base_temperature", base_temperature, positive=True)
+    check_number("base_temperature", base_temperature, features, positive=True)
     B, V = features.shape[:2]
     rows = features.reshape(B * V, -1)  # sample by sample
     scale = _scale(temperature, rows)
@@ -678,7 +699,7 @@ class SupConLoss(LossModule):
     """Supervised contrastive loss as a module, in the place of SupContrast's ``SupConLoss``.
 
     Args:
-        temperature: Positive number, or a 0-dim tensor; a Parameter is learned.
+        temperature: Positive number, or a tensor of one element; a Parameter is learned.
         contrast_mode: ``"all"``: every row is an anchor; ``"one"``: those of the first view.
         base_temperature: Positive number that the loss is divided by, as temperature multiplies it.
         gather_distributed: Whether the batch is that of all ranks of a process group; without one
@@ -774,9 +795,9 @@ def clip(
     Args:
         image_features: [N, D], float64, float32, bfloat16 or float16.
         text_features: [N, D], of image_features' dtype and device.
-        logit_scale: Positive number, or a 0-dim tensor, which then gets its gradient.
-        logit_bias: Number or 0-dim tensor added to all logits. It changes neither the loss nor any
-            gradient, and its own is 0.
+        logit_scale: Positive number, or a tensor of one element, which then gets its gradient.
+        logit_bias: Number or tensor of one element added to all logits. It changes neither the loss
+            nor any gradient, and its own is 0.
         ids: [N] integers naming the pairs. Pairs with the same id are not each other's negatives.
         gather_distributed: Whether the batch is that of all ranks of a process group, of which
             these rows are a part; without one it makes no difference.
@@ -839,7 +860,8 @@ class ClipLoss(LossModule):
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Raises:
-        ValueError: use_horovod or backend is not accepted.
+        TypeError: world_size is not a whole number.
+        ValueError: use_horovod, world_size, exchange or backend is not accepted.
 
     Example:
         >>> criterion = ClipLoss()
@@ -872,6 +894,7 @@ class ClipLoss(LossModule):
         if use_horovod:
             raise ValueError("use_horovod must be False: ranks are those of torch.distributed")
         check_choice("exchange", exchange, EXCHANGES)
+        check_count("world_size", world_size, 1)
         super().__init__(
             local_loss=local_loss,
             gather_with_grad=gather_with_grad,
@@ -933,8 +956,8 @@ def siglip(
     Args:
         image_features: [N, D], float64, float32, bfloat16 or float16.
         text_features: [N, D], of image_features' dtype and device.
-        logit_scale: Positive number, or a 0-dim tensor, which then gets its gradient.
-        logit_bias: Number, or a 0-dim tensor, which then gets its gradient; None for 0.
+        logit_scale: Positive number, or a tensor of one element, which then gets its gradient.
+        logit_bias: Number, or a tensor of one element, which then gets its gradient; None for 0.
         ids: [N] integers naming the pairs. Pairs with the same id are not each other's negatives.
         gather_distributed: Whether the batch is that of all ranks of a process group, of which
             these rows are a part; without one it makes no difference.
@@ -989,7 +1012,8 @@ class SigLipLoss(LossModule):
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Raises:
-        ValueError: dist_impl or backend is not accepted.
+        TypeError: world_size is not a whole number.
+        ValueError: dist_impl, world_size, exchange or backend is not accepted.
 
     Example:
         >>> criterion = SigLipLoss()
@@ -1021,6 +1045,7 @@ class SigLipLoss(LossModule):
             if exchange != "auto":
                 raise ValueError(f"exchange must be 'auto' with dist_impl, got {exchange!r}")
         check_choice("exchange", exchange, EXCHANGES)
+        check_count("world_size", world_size, 1)
         super().__init__(
             cache_labels=cache_labels,
             rank=rank,
@@ -1059,15 +1084,15 @@ def _scale(temperature: float | Tensor, z: Tensor) -> Tensor:
     """1 / temperature as a 0-dim tensor on z's device, in the type that losses of z have."""
     if isinstance(temperature, Tensor):
         return _multiplier(temperature, z).reciprocal()
-    return _multiplier(1 / temperature, z)
+    return _multiplier(1 / float(temperature), z)
 
 
 def _multiplier(value: float | Tensor, z: Tensor) -> Tensor:
     """A value as a 0-dim tensor on z's device, in the type that losses of z have."""
     dtype = torch.promote_types(z.dtype, torch.float32)
     if isinstance(value, Tensor):
-        return value.to(z.device, dtype)
-    return torch.full((), value, dtype=dtype, device=z.device)
+        return value.reshape(()).to(z.device, dtype)
+    return torch.full((), float(value), dtype=dtype, device=z.device)
 
 
 def _samples(z: Tensor, ids: Tensor | None, views: int = 1) -> dict[str, Any]:
@@ -1184,6 +1209,25 @@ def _spans_ranks(expected: int, group: Group) -> bool:
     return expected > 1
 
 
+def _check_weight_fn(weight_fn: object) -> None:
+    if weight_fn is not None and not callable(weight_fn):
+        raise TypeError(f"weight_fn must be callable or None, got {type(weight_fn).__name__}")
+
+
+def _weights(weight_fn: Callable[[Tensor, Tensor], Tensor], u0: Tensor, u1: Tensor) -> Tensor:
+    """What weight_fn returns for unit rows [N, D], in their type."""
+    weights = weight_fn(u0, u1)
+    if not isinstance(weights, Tensor) or not weights.is_floating_point():
+        got = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
+        raise TypeError(f"weight_fn must return a floating-point tensor, got {got}")
+    if weights.shape != u0.shape[:1] or weights.device != u0.device:
+        raise ValueError(
+            f"weight_fn must return shape ({len(u0)},) on {u0.device}, one weight for each row, "
+            f"got {tuple(weights.shape)} on {weights.device}"
+        )
+    return weights.to(u0.dtype)
+
+
 def _check_negatives(
     negatives: Tensor, query: Tensor, ids: Tensor | None, negative_ids: Tensor | None
 ) -> None:
@@ -1232,6 +1276,17 @@ def _check_features(features: Tensor, labels: Tensor | None, mask: Tensor | None
             raise ValueError(
                 f"mask must be on the features' device {features.device}, got {mask.device}"
             )
+        if mask.is_complex():
+            raise TypeError(f"mask must be real, got {mask.dtype}")
+        if mask.requires_grad:
+            raise ValueError("mask must not require a gradient, since it gets none: detach it")
+        # As for scalars, to read values elsewhere would stop the device.
+        if mask.device.type == "cpu" and not torch.compiler.is_compiling():
+            wrong = mask[~((mask >= 0) & (mask < torch.inf))]
+            if len(wrong):
+                raise ValueError(
+                    f"mask must hold finite weights, none negative, got {wrong[0].item()}"
+                )
 
 
 def _check_pairs(
@@ -1242,8 +1297,9 @@ def _check_pairs(
     ids: Tensor | None,
 ) -> None:
     check_views(image_features=image_features, text_features=text_features)
-    check_scalar("logit_scale", logit_scale)
+    check_scalar("logit_scale", logit_scale, image_features)
     if logit_bias is not None:
-        check_scalar("logit_bias", logit_bias, positive=False)
+        check_scalar("logit_bias", logit_bias, image_features, positive=False)
+    check_no_tangents(image_features, text_features, logit_scale, logit_bias)
     if ids is not None:
         check_ids("ids", ids, image_features)

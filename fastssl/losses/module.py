@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from fastssl.losses.checks import check_choice
+from fastssl.checks import check_choice
 from fastssl.ops.backend import BACKENDS
 
 

@@ -6,8 +6,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from fastssl.checks import (
+    check_choice,
+    check_no_tangents,
+    check_number,
+    check_ranks,
+    check_views,
+)
 from fastssl.distributed import Group, Ranks, sum_gradients
-from fastssl.losses.checks import check_choice, check_number, check_ranks, check_views
 from fastssl.losses.module import LossModule
 from fastssl.ops import backend as backends
 from fastssl.ops.energy import cross_energy
@@ -67,8 +73,9 @@ def barlow_twins(
     """
     ranks = check_ranks("z_a", z_a, gather_distributed, group)
     check_views(z_a=z_a, z_b=z_b, rows=1 if ranks else 2)
-    check_number("lambda_param", lambda_param)
-    check_number("eps", eps, positive=True)
+    check_number("lambda_param", lambda_param, z_a)
+    check_number("eps", eps, z_a, positive=True)
+    check_no_tangents(z_a, z_b)
     check_choice("exchange", exchange, EXCHANGES)
     backend = backends.resolve(backend, z_a)
     z_a, z_b, _, energy_of = _exchanged(z_a, z_b, ranks, exchange, backend)
@@ -139,8 +146,9 @@ def vicreg(
         ("mu_param", mu_param),
         ("nu_param", nu_param),
     ):
-        check_number(name, weight)
-    check_number("eps", eps, positive=True)
+        check_number(name, weight, z_a)
+    check_number("eps", eps, z_a, positive=True)
+    check_no_tangents(z_a, z_b)
     check_choice("exchange", exchange, EXCHANGES)
     backend = backends.resolve(backend, z_a)
     all_a, all_b, N, energy_of = _exchanged(z_a, z_b, ranks, exchange, backend)

@@ -4,10 +4,12 @@ They cost a few passes over N x D numbers and build no matrix, so there is nothi
 save: they are plain PyTorch on every device, and torch.compile makes one pass of them.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
-from fastssl.losses.checks import check_number, check_views
+from fastssl.checks import check_count, check_number, check_views
 from fastssl.losses.module import LossModule
 
 
@@ -20,8 +22,8 @@ def negative_cosine_similarity(x0: Tensor, x1: Tensor, dim: int = 1, eps: float 
 
     Chen & He, "Exploring Simple Siamese Representation Learning", 2021, equation 1. BYOL's loss
     (Grill et al. 2020, equation 2) is 2 + 2 times this one. Half precision is computed in float32,
-    rows whose squares would overflow are safe, and a row of zeros, whose cosine is 0, gets no
-    gradient (PyTorch's own is its partner's direction over eps).
+    rows whose squares would over- or underflow are safe, and a row of zeros, whose cosine is 0,
+    gets no gradient (PyTorch's own is its partner's direction over eps).
 
     Args:
         x0: [N, D], or any shape of two or more dimensions; float64, float32, bfloat16 or float16.
@@ -42,23 +44,24 @@ def negative_cosine_similarity(x0: Tensor, x1: Tensor, dim: int = 1, eps: float 
         -1.0
     """
     check_views(x0=x0, x1=x1, positions=True)
-    if not isinstance(dim, int) or isinstance(dim, bool):
-        raise TypeError(f"dim must be a whole number, got {type(dim).__name__}")
+    check_count("dim", dim, -math.inf)
     if not -x0.dim() <= dim < x0.dim():
         raise ValueError(
             f"dim must be {-x0.dim()} to {x0.dim() - 1} for shape {tuple(x0.shape)}, got {dim}"
         )
-    check_number("eps", eps, positive=True)
+    check_number("eps", eps, x0, positive=True)
     return -(_unit(x0, dim, eps) * _unit(x1, dim, eps)).sum(dim).mean()
 
 
 def _unit(x: Tensor, dim: int, eps: float) -> Tensor:
     """Scale rows to unit length, or by 1 / eps where they are shorter than that."""
     x = x if x.dtype == torch.float64 else x.float()
-    # Squares of large entries would overflow. A power of two rounds nothing.
+    # Squares of large entries would overflow, those of small ones vanish. A power of two rounds
+    # nothing.
     large = 2.0 ** (384 if x.dtype == torch.float64 else 48)
     largest = x.detach().abs().amax(dim, keepdim=True)
     factor = torch.ones_like(largest).masked_fill(largest > large, large**-2)
+    factor = factor.masked_fill(largest < 1 / large, large**2)
     x = x * factor
     norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
     rnorm = torch.where(norm > 0, 1 / torch.maximum(norm, eps * factor), torch.zeros_like(norm))
@@ -73,7 +76,7 @@ class NegativeCosineSimilarity(LossModule):
         eps: Positive number; a row shorter than it is divided by it instead of by its length.
 
     Raises:
-        TypeError: eps is not a number.
+        TypeError: dim is not a whole number, or eps not a number.
         ValueError: eps is not positive and finite.
 
     Example:
@@ -86,6 +89,7 @@ class NegativeCosineSimilarity(LossModule):
     eps: float
 
     def __init__(self, dim: int = 1, eps: float = 1e-8) -> None:
+        check_count("dim", dim, -math.inf)
         check_number("eps", eps, positive=True)
         super().__init__(dim=dim, eps=eps)
 

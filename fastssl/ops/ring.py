@@ -218,8 +218,8 @@ class _RingSigmoid(torch.autograd.Function):
     def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_second_derivative()
         needs = list(ctx.needs_input_grad[:4])
-        inputs, grads = list(ctx.saved_tensors[:4]), list(ctx.saved_tensors[4:])
-        found = iter(_sigmoid_sum_bwd(dtotal, inputs, grads, needs, ctx.backend))
+        saved = list(ctx.saved_tensors)  # once: a checkpoint gives them out a single time
+        found = iter(_sigmoid_sum_bwd(dtotal, saved[:4], saved[4:], needs, ctx.backend))
         return (*(next(found) if need else None for need in needs), None, None, None, None)
 
 

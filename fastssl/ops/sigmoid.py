@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastssl.ops.backend import launchers
+from fastssl.streaming.memory import fresh_like
 
 
 def sigmoid_sum(
@@ -69,7 +70,7 @@ def _sigmoid_sum_bwd(
     dtotal: Tensor, inputs: list[Tensor], grads: list[Tensor], needs: list[bool], backend: str
 ) -> list[Tensor]:
     return [
-        (grad * dtotal).to(x.dtype)
+        torch.mul(grad, dtotal, out=fresh_like(x))
         for grad, x, need in zip(grads, inputs, needs, strict=True)
         if need
     ]
@@ -107,8 +108,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _multiply(ctx: Any, dtotal: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad[:4]
-    inputs, grads = list(ctx.saved_tensors[:4]), list(ctx.saved_tensors[4:])
-    found = iter(_sigmoid_sum_bwd(dtotal, inputs, grads, needs, ctx.backend))
+    saved = list(ctx.saved_tensors)  # once: a checkpoint gives them out a single time
+    found = iter(_sigmoid_sum_bwd(dtotal, saved[:4], saved[4:], needs, ctx.backend))
     return (*(next(found) if need else None for need in needs), None, None, None, None)
 
 

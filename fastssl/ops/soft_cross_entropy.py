@@ -33,7 +33,7 @@ def soft_cross_entropy(
 @torch.library.custom_op("fastssl::soft_cross_entropy", mutates_args=())
 def _soft_cross_entropy(
     logits: Tensor, targets: Tensor, temperature: float, backend: str
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     with torch.autocast(logits.device.type, enabled=False):
         launch = launchers(backend, "soft_cross_entropy").soft_cross_entropy_fwd
         return launch(logits, targets, temperature)
@@ -44,22 +44,23 @@ def _soft_cross_entropy_bwd(
     dloss: Tensor,
     logits: Tensor,
     targets: Tensor,
-    lse: Tensor,
+    top: Tensor,
+    total: Tensor,
     temperature: float,
     backend: str,
 ) -> Tensor:
     with torch.autocast(logits.device.type, enabled=False):
         launch = launchers(backend, "soft_cross_entropy").soft_cross_entropy_bwd
-        return launch(dloss, logits, targets, lse, temperature)
+        return launch(dloss, logits, targets, top, total, temperature)
 
 
 @_soft_cross_entropy.register_fake
 def _soft_cross_entropy_fake(
     logits: Tensor, targets: Tensor, temperature: float, backend: str
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    loss, lse = (logits.new_empty(len(logits), dtype=dtype) for _ in range(2))
-    return loss, lse
+    loss, top, total = (logits.new_empty(len(logits), dtype=dtype) for _ in range(3))
+    return loss, top, total
 
 
 @_soft_cross_entropy_bwd.register_fake
@@ -69,11 +70,11 @@ def _soft_cross_entropy_bwd_fake(dloss: Tensor, logits: Tensor, *_: Any) -> Tens
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, targets, ctx.temperature, ctx.backend = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(logits, targets, output[1])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(logits, targets, *output[1:])
 
 
-def _gradient(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     dlogits = _soft_cross_entropy_bwd(dloss, *ctx.saved_tensors, ctx.temperature, ctx.backend)
     return dlogits, None, None, None
 

@@ -40,6 +40,7 @@ GRAM_TILE = 256  # rows of a tile of u^ u^T
 PANEL = 2**20  # numbers that are standardised at a time
 OUTLIERS = 16
 SHARE = 1 / 64  # of all squared variances, from which on a feature is an outlier
+LEAST_FACTOR = 1e-15  # squares of deviations above its inverse may overflow float32 sums
 
 
 class _Batch(NamedTuple):
@@ -181,6 +182,7 @@ def _as_they_are(*batches: _Batch) -> bool:
         batch.x.device.type == "cpu"
         and batch.x.dtype == batch.mean.dtype
         and bool((batch.centre() * batch.factor).abs().max() <= 1)
+        and bool(batch.factor.min() > LEAST_FACTOR)
         for batch in batches
     )
 
@@ -209,7 +211,15 @@ def _moments(x: Tensor, eps: float, standardize: bool) -> _Batch:
         mean[features] = centred.mean(0)
         if standardize:
             centred -= mean[features]
-            batch.factor[features] = centred.square_().mean(0).add_(eps).rsqrt_()
+            factor = centred.square_().mean(0).add_(eps).rsqrt_()
+            if x.device.type != "cpu" or not factor.min() > LEAST_FACTOR:
+                # Over a power of two, which rounds nothing, the largest deviation is at most 1.
+                torch.sub(panel, panel[0].to(dtype), out=centred).sub_(mean[features])
+                largest = torch.linalg.vector_norm(centred, torch.inf, dim=0).clamp_min_(1)
+                power = torch.ldexp(torch.ones_like(factor), -torch.frexp(largest).exponent)
+                squares = centred.mul_(power).square_().mean(0)
+                factor = squares.addcmul_(power, power, value=eps).rsqrt_().mul_(power)
+            batch.factor[features] = factor
     return batch
 
 

@@ -18,14 +18,14 @@ MADV_HUGEPAGE = 14
 PAGE = 4096
 
 
-def fresh_like(x: Tensor, dtype: torch.dtype | None = None, *, zero: bool = False) -> Tensor:
-    """A contiguous tensor of x's shape to write a result to; of zeros, or of anything."""
+def fresh_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A contiguous tensor of x's shape to write a result to."""
     out = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
     advise = _madvise()
     if advise and out.device.type == "cpu" and out.nbytes >= LARGE:
         start = -(-out.data_ptr() // PAGE) * PAGE
         advise(start, out.data_ptr() + out.nbytes - start, MADV_HUGEPAGE)  # advice: it may fail
-    return out.zero_() if zero else out
+    return out
 
 
 @functools.cache

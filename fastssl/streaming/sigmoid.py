@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastssl.streaming.memory import fresh_like
-from fastssl.streaming.similarity import LEAST_EXPONENT, drop_negligible_, tile_rows
+from fastssl.streaming.tiles import LEAST_EXPONENT, drop_negligible_, tile_rows
 
 MAX_EXPONENT = 40.0
 
@@ -39,10 +39,13 @@ def sigmoid_fwd(
     dtype, nothing = scale.dtype, scale.new_empty(0)
     terms = scale.new_zeros(len(q))
     row_gradients = need_q or need_scale
-    dq = fresh_like(q, dtype, zero=True) if row_gradients else nothing
-    dk = fresh_like(k, dtype, zero=True) if need_k else nothing
+    dq = fresh_like(q, dtype) if row_gradients else nothing
+    dk = fresh_like(k, dtype) if need_k else nothing
+    dscale = torch.zeros_like(scale) if need_scale else nothing
     dbias = torch.zeros_like(scale) if need_bias else nothing
-    bounded = _bounded(q, k, scale, bias)
+    least, most = _range(q, k, scale, bias)
+    bounded = least >= -MAX_EXPONENT and most <= MAX_EXPONENT
+    halvings = 2 if most <= MAX_EXPONENT / 2 else 1  # products of 4 or 2 exponentials are finite
     size = tile_rows(q)
     buffers = scale.new_empty(2, min(size, len(q)) * min(size, len(k)))
 
@@ -67,10 +70,10 @@ def sigmoid_fwd(
                 y.clamp_min_(LEAST_EXPONENT[dtype])
             small = bounded or (y.device.type == "cpu" and bool(y.max() <= MAX_EXPONENT))
             if small:  # exponentials are far from overflow
-                torch.log1p(y.exp_(), out=other)
+                softplus = _log1p(y.exp_(), other, halvings)
             else:
-                torch.ops.aten.log_sigmoid.out(-y, out=other).neg_()
-            terms[i : i + size] += other.sum(1)
+                softplus = torch.ops.aten.log_sigmoid.out(-y, out=other).neg_()
+            terms[i : i + size] += softplus.sum(1)
             if not any(needs):
                 continue
             if small:
@@ -83,17 +86,36 @@ def sigmoid_fwd(
             if need_bias:
                 dbias += y.sum()
             if row_gradients:
-                dq[i : i + size].addmm_(y, cols)
+                dq[i : i + size].addmm_(y, cols, beta=j > 0)
             if need_k:
-                dk[j : j + size].addmm_(y.T, rows)
+                dk[j : j + size].addmm_(y.T, rows, beta=i > 0)
+        if row_gradients:
+            found = dq[i : i + size]
+            if need_scale:
+                dscale += torch.linalg.vecdot(q[i : i + size].to(dtype), found).sum()
+            found *= scale
 
-    dscale = (q * dq).sum() if need_scale else nothing
-    return terms, dq.mul_(scale) if need_q else nothing, dk, dscale, dbias
+    return terms, dq if need_q else nothing, dk, dscale, dbias
 
 
-def _bounded(q: Tensor, k: Tensor, scale: Tensor, bias: Tensor) -> bool:
-    """Whether no score can exceed MAX_EXPONENT either way; to ask is free on a CPU alone."""
+def _log1p(e: Tensor, out: Tensor, halvings: int) -> Tensor:
+    """Numbers in out's memory, fewer than those of e, with the row sums of log(1 + e).
+
+    (1 + a) (1 + b) = 1 + (a + b + ab): one logarithm serves both, and small ones keep their digits.
+    """
+    sums = e
+    while halvings and sums.shape[1] % 2 == 0:
+        a, b = sums.tensor_split(2, dim=1)
+        place = out.view(-1)[: a.numel()].view_as(a) if sums is e else a  # e itself is still needed
+        sums = torch.addcmul(a, a, b, out=place).add_(b)
+        halvings -= 1
+    return torch.log1p(sums, out=out if sums is e else sums)
+
+
+def _range(q: Tensor, k: Tensor, scale: Tensor, bias: Tensor) -> tuple[float, float]:
+    """The least and the largest score there can be; to ask is free on a CPU alone."""
     if scale.device.type != "cpu":
-        return False
+        return -torch.inf, torch.inf
     lengths = [torch.linalg.vector_norm(x, dim=1, dtype=scale.dtype).max() for x in (q, k)]
-    return bool(scale.abs() * lengths[0] * lengths[1] + bias.abs() <= MAX_EXPONENT)
+    most = float(scale.abs() * lengths[0] * lengths[1])
+    return float(bias) - most, float(bias) + most

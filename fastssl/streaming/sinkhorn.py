@@ -95,51 +95,46 @@ def _log_domain(
 ) -> Tensor:
     """Return the codes, whatever the scores.
 
-    g is kept as -top, a column's largest x, and the rest. x - top, rounded at most once, is a small
-    number where codes are not nothing; so are f and what the rest grows by, which both come from
-    sums over x + g and not over x.
+    g is kept as -top / epsilon, top a column's largest score, and the rest. score - top, rounded to
+    its own size, is a small number where codes are not nothing; so is what the rest grows by, which
+    comes from sums of codes.
     """
     K, dtype = scores.shape[1], torch.promote_types(scores.dtype, torch.float32)
-    total = torch.zeros(K, dtype=dtype, device=scores.device)
-    top = torch.full_like(total, -torch.inf)
-    for rows in _blocks(scores):
-        _merge(top, total, scores[rows].to(dtype) / epsilon)
+    top = scores.amax(0).to(dtype)
     if reduce:
-        here = top.clone()
         reduce(top, "max")
-        reduce(total.mul_((here - top).exp_()), "sum")
+
+    def below(top: Tensor, rows: slice) -> Tensor:
+        return (scores[rows].to(dtype) - top).div_(epsilon)
+
+    total = torch.zeros_like(top)
+    for rows in _blocks(scores):
+        total += below(top, rows).exp_().sum(0)
+    if reduce:
+        reduce(total, "sum")
     codes = fresh_like(scores)
     if not iterations:
         largest = top.max()
-        everything = (total * (top - largest).exp()).sum().log()
+        everything = (total * ((top - largest) / epsilon).exp()).sum().log()
         for rows in _blocks(scores):
-            x = scores[rows].to(dtype) / epsilon
-            codes[rows] = x.sub_(largest).sub_(everything).exp_().mul_(samples)
+            codes[rows] = below(largest, rows).sub_(everything).exp_().mul_(samples)
         return codes
     rest = -(total.log() + math.log(K))
     for t in range(iterations):
-        above, total = torch.full_like(top, -torch.inf), torch.zeros_like(total)
+        total.zero_()
         for rows in _blocks(scores):
-            x = (scores[rows].to(dtype) / epsilon).sub_(top).add_(rest)
-            x -= torch.logsumexp(x, dim=1, keepdim=True)
+            block = torch.softmax(below(top, rows).add_(rest), 1)
             if t + 1 < iterations:
-                _merge(above, total, x.sub_(math.log(samples)))
+                total += block.sum(0)
             else:
-                codes[rows] = x.exp_()
-        if t + 1 < iterations and reduce:
-            # A column's code in one of the rows is at least 1 / (K samples): no maximum is needed.
-            reduce(total.mul_(above.exp_()), "sum")
-            total.clamp_(min=torch.finfo(dtype).tiny)  # of scores that dtype cannot tell apart
-            above.zero_()
-        rest = rest - (above + total.log() + math.log(K))
+                codes[rows] = block
+        if t + 1 < iterations:
+            if reduce:
+                reduce(total, "sum")
+            # One of a column's codes is 1 / (K samples) at least, where dtype tells scores apart.
+            total.clamp_(min=torch.finfo(dtype).tiny)
+            rest = rest - (total.log() + math.log(K / samples))
     return codes
-
-
-def _merge(top: Tensor, total: Tensor, x: Tensor) -> None:
-    """Take x [R, K] into the columns' maxima and sums of exponentials [K], in place."""
-    larger = torch.maximum(top, x.amax(0))
-    total.mul_((top - larger).exp_()).add_((x - larger).exp_().sum(0))
-    top.copy_(larger)
 
 
 def _blocks(scores: Tensor) -> Iterator[slice]:

@@ -1,9 +1,11 @@
 """Soft cross-entropy, a block of rows at a time in PyTorch.
 
-    loss_b = sum_k t_bk (L_b - x_bk)      x = logits / temperature      L_b = log sum_k exp(x_bk)
-    dlogits_bk = dloss_b (exp(x_bk - L_b) sum_k t_bk - t_bk) / temperature
+    top_b = max_k logits_bk       x_bk = (logits_bk - top_b) / temperature
+    total_b = sum_k exp(x_bk)     loss_b = sum_k t_bk (log total_b - x_bk)
+    dlogits_bk = dloss_b (exp(x_bk) / total_b sum_k t_bk - t_bk) / temperature
 
-One number per row is kept: L. Beside inputs and gradient two blocks are held, in a core's cache.
+Two numbers per row are kept, top and total: their log-sum-exp, rounded, would not tell large logits
+apart. Beside inputs and gradient two blocks are held, in a core's cache.
 """
 
 from collections.abc import Iterator
@@ -18,36 +20,41 @@ BLOCK = 2**18  # numbers of a block of rows
 
 def soft_cross_entropy_fwd(
     logits: Tensor, targets: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """Return the loss and L of each row, [B] both."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss, top and total of each row, [B] each."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     loss = torch.empty(len(logits), dtype=dtype, device=logits.device)
-    lse = torch.empty_like(loss)
+    top, total = torch.empty_like(loss), torch.empty_like(loss)
     x, product = _buffers(logits, dtype)
     for rows in _blocks(logits):
         block, wanted = logits[rows].to(dtype), targets[rows].to(dtype)
-        top = block.amax(1) / temperature
-        below = torch.add(-top[:, None], block, alpha=1 / temperature, out=x[: len(block)])
-        # Neither L - max x nor max x - x is negative: their sum loses no digits.
+        high = torch.amax(block, 1, out=top[rows])[:, None]
+        below = torch.sub(block, high, out=x[: len(block)]).mul_(1 / temperature)
+        # Neither log total nor -x is negative: their sum loses no digits.
         distance = torch.mul(below, wanted, out=product[: len(block)]).sum(1)
-        rest = below.exp_().sum(1).log_()
+        rest = torch.sum(below.exp_(), 1, out=total[rows]).log()
         torch.sub(rest * wanted.sum(1), distance, out=loss[rows])
-        torch.add(rest, top, out=lse[rows])
-    return loss, lse
+    return loss, top, total
 
 
 def soft_cross_entropy_bwd(
-    dloss: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, temperature: float
+    dloss: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    top: Tensor,
+    total: Tensor,
+    temperature: float,
 ) -> Tensor:
     """Return the gradient of the logits, in their type."""
     dlogits = fresh_like(logits)
-    x = dlogits if logits.dtype == lse.dtype else _buffers(logits, lse.dtype)[0]
+    x = dlogits if logits.dtype == top.dtype else _buffers(logits, top.dtype)[0]
     for rows in _blocks(logits):
-        block, wanted = logits[rows].to(lse.dtype), targets[rows].to(lse.dtype)
+        block, wanted = logits[rows].to(top.dtype), targets[rows].to(top.dtype)
         weight = (dloss[rows] / temperature)[:, None]
+        share = wanted.sum(1, keepdim=True) / total[rows, None]
         out = x[rows] if x is dlogits else x[: len(block)]
-        torch.add(-lse[rows, None], block, alpha=1 / temperature, out=out).exp_()
-        out.mul_(weight * wanted.sum(1, keepdim=True)).addcmul_(wanted, weight, value=-1)
+        torch.sub(block, top[rows, None], out=out).mul_(1 / temperature).exp_()
+        out.mul_(weight * share).addcmul_(wanted, weight, value=-1)
         if x is not dlogits:
             dlogits[rows] = out
     return dlogits

@@ -1,6 +1,6 @@
 """A small trainer: pretrain a backbone with a fused loss, evaluate it, draw a report.
 
-Needs the ``train`` extra: ``pip install 'fastssl-losses[train]'``. Each name is imported when it is
+Needs the ``train`` extra: ``pip install '.[train]'`` in a checkout. Each name is imported when it is
 first used, so that looking at an option's help does not load torchvision.
 """
 

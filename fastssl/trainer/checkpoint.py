@@ -2,6 +2,7 @@
 
 import io
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,16 @@ def save(folder: Path, state: dict[str, Any]) -> None:
 def latest(folder: Path) -> Path | None:
     """The newest checkpoint of a folder: the previous one after a crash in the middle of `save`."""
     return next((folder / name for name in (NAME, PREVIOUS) if (folder / name).exists()), None)
+
+
+def resume_command(run: Path) -> str:
+    """What goes on with the run in a folder."""
+    return f"fastssl pretrain --resume --out {shlex.quote(str(run))}"
+
+
+def remedy(run: Path) -> str:
+    """How the run in a folder gets a file of its own back, as an error says it."""
+    return f"; where it is missing, {resume_command(run)} writes it anew" if latest(run) else ""
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from fastssl.ops.backend import BACKENDS
+from fastssl.trainer import checkpoint
 from fastssl.trainer.methods import METHODS
 from fastssl.trainer.methods.base import GREY
 from fastssl.trainer.networks import BACKBONES, HEAD_NORMS
@@ -174,6 +175,8 @@ class Config:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be a finite number above 0, got {value}")
+        if self.seed >= 2**64:
+            raise ValueError(f"seed must be less than 2^64, got {self.seed}")
         if self.momentum is not None and not 0 <= self.momentum <= 1:
             raise ValueError(f"momentum must be from 0 to 1, got {self.momentum}")
         if self.method == "pirl" and (self.lambda_param or 0) > 1:
@@ -248,8 +251,9 @@ class Config:
         return cls(**options)
 
     def save(self, path: str | Path) -> None:
-        """Write the options to a YAML file."""
-        Path(path).write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False))
+        """Write the options to a YAML file, whole or not at all."""
+        text = yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
+        checkpoint.write(Path(path), text.encode())
 
 
 def presets() -> list[str]:
@@ -262,7 +266,13 @@ def read_options(path: str | Path) -> dict[str, Any]:
     if str(path) in presets():
         path = PRESETS / f"{path}.yaml"
     try:
-        options = yaml.safe_load(Path(path).read_text())
+        with open(path, encoding="utf-8") as file:  # whose name and line an error then has
+            options = yaml.safe_load(file)
+    except FileNotFoundError:
+        raise ValueError(
+            f"config file {path} cannot be read: there is none, and no preset "
+            f"{_unknown(str(path), presets())}"
+        ) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(
             f"config file {path} cannot be read: {' '.join(str(error).split())}"

@@ -54,7 +54,8 @@ class Files(Dataset[Item]):
 
     def __getitem__(self, index: int) -> Item:
         try:
-            image = datasets.folder.default_loader(self.paths[index])
+            with Image.open(self.paths[index]) as file:
+                image = _rgb(file)
         except Exception as error:  # Pillow raises almost anything, by the file's format
             raise ValueError(f"{self.paths[index]} cannot be read as an image ({error})") from None
         image = v2.functional.pil_to_tensor(image)
@@ -265,6 +266,16 @@ def _labelled(root: Path, paths: list[Path]) -> tuple[list[tuple[str, int]], lis
     return [(path, numbers[name]) for path, name in inside], list(numbers)
 
 
+def _rgb(image: Image.Image) -> Image.Image:
+    """A decoded image as RGB of 8 bits; of 16 bits, which convert would clip, the upper ones."""
+    if image.mode.startswith(("I", "F")):
+        values = np.asarray(image)
+        if image.mode == "F" or values.min() < 0 or values.max() >= 2**16:
+            raise ValueError("its values are not whole numbers of 8 or 16 bits")
+        image = Image.fromarray((values >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
 def _whole(paths: list[Path]) -> list[Path]:
     """The images that can be decoded to their end; the others are printed with the reason."""
 
@@ -274,7 +285,7 @@ def _whole(paths: list[Path]) -> list[Path]:
                 # A header alone does not tell that a file was cut off. All of a JPEG is read, but
                 # most of the arithmetic is left out where an eighth of the size will do.
                 image.draft(image.mode, (1, 1))
-                image.load()
+                _rgb(image)
         except Exception as error:  # Pillow raises almost anything, by the file's format
             return str(error) or type(error).__name__
         return ""

@@ -1,6 +1,7 @@
 """How good a backbone is: collapse monitors, nearest neighbours, a linear probe, few labels."""
 
 import json
+import shlex
 import statistics
 import sys
 import time
@@ -241,16 +242,19 @@ def train_on_few(
 
 def run_config(run: Path) -> Config:
     """The resolved options of a run, from its config.yaml."""
-    if not (run / "config.yaml").is_file():
+    path = run / "config.yaml"
+    if not path.is_file():
         raise ValueError(
-            f"run must be a folder that fastssl pretrain wrote, found no {run / 'config.yaml'}"
+            f"run must be a folder that fastssl pretrain wrote, found no {path}"
+            f"{checkpoint.remedy(run)}"
         )
-    return Config.from_dict(read_options(run / "config.yaml")).resolved()
+    return Config.from_dict(read_options(path)).resolved()
 
 
-def load_data(config: Config) -> Data:
-    """The data set of a run."""
-    return data.load(config.dataset, config.data_dir, config.image_size, config.damaged)
+def load_data(config: Config, data_dir: Path | None = None) -> Data:
+    """The data set of a run, from where it lies now if that is another folder."""
+    where = data_dir or config.data_dir
+    return data.load(config.dataset, where, config.image_size, config.damaged)
 
 
 def device_for(config: Config) -> torch.device:
@@ -273,7 +277,11 @@ def accuracy(network: nn.Module, images: Data, device: torch.device | str) -> fl
 
 
 def evaluate_run(
-    run: Path, *, labels: Sequence[str | int] = (), data: Data | None = None
+    run: Path,
+    *,
+    labels: Sequence[str | int] = (),
+    data: Data | None = None,
+    data_dir: Path | None = None,
 ) -> dict[str, Any]:
     """Evaluate the backbone of a run and write the results to its ``evaluation.json``.
 
@@ -288,6 +296,7 @@ def evaluate_run(
         labels: How many labelled images: numbers, or shares of the training split such as "1%".
             ``LABEL_COUNTS``, as far as there are images, if empty.
         data: What was given to ``pretrain`` in place of its data set.
+        data_dir: Where the data set lies now, if not where the run found it.
 
     Returns:
         What was written: accuracies between 0 and 1; or ``{"skipped": why}`` for a data set without
@@ -302,10 +311,9 @@ def evaluate_run(
     config = run_config(run)
     device = device_for(config)
     pretrained = networks.load_backbone(run, device)
-    images = data or load_data(config)
+    images = data or load_data(config, data_dir)
     if images.train is None:
         results: dict[str, Any] = {"skipped": f"data set {images.name!r} has no labels"}
-        print(f"evaluation skipped: {results['skipped']}")
         _write(run, results)
         return results
 
@@ -398,7 +406,7 @@ def read_results(run: Path) -> dict[str, Any] | None:
     if results and "skipped" not in results and not whole <= set(results):
         raise ValueError(
             f"{run / 'evaluation.json'} is damaged (results are missing); "
-            f"fastssl evaluate {run} writes it anew"
+            f"fastssl evaluate {shlex.quote(str(run))} writes it anew"
         )
     return results
 
@@ -410,7 +418,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     try:
         return dict(json.loads(path.read_text()))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error})") from None
+        raise ValueError(f"{path} is damaged ({error}); remove it to go on without it") from None
 
 
 def _write(run: Path, results: dict[str, Any]) -> None:

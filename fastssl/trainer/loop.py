@@ -11,8 +11,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,13 +42,15 @@ class Run:
 
     Attributes:
         path: Its folder.
-        complete: False if it was interrupted before its last step.
+        complete: False if it was interrupted, be it in its last step.
         history: The rows of metrics.csv, a dict for each epoch.
+        data: What it was pretrained on.
     """
 
     path: Path
     complete: bool
     history: list[dict[str, Any]]
+    data: Data
 
 
 def pretrain(config: Config, *, resume: bool = False, data: Data | None = None) -> Run:
@@ -69,7 +71,9 @@ def pretrain(config: Config, *, resume: bool = False, data: Data | None = None) 
         The Run.
 
     Raises:
-        ValueError: An option cannot be used, or differs from those of the run to resume.
+        TypeError: config is not a Config.
+        ValueError: An option cannot be used, or differs from those of the run to resume; or another
+            process writes to the folder.
         FloatingPointError: The loss or its gradient became NaN or infinite; the last good state is
             saved.
         OSError: The folder cannot be written any more.
@@ -77,23 +81,28 @@ def pretrain(config: Config, *, resume: bool = False, data: Data | None = None) 
     Example:
         >>> run = pretrain(Config(epochs=1, out="runs/try"))  # doctest: +SKIP
     """
-    with parallel.process_group(_device(config.device)):
-        return _pretrain(config, resume, data)
+    if not isinstance(config, Config):
+        raise TypeError(f"config must be a Config, got {type(config).__name__}")
+    device = _device(config.device)
+    with parallel.process_group(device), _alone(_writable(config.resolved().out)) as out:
+        return _pretrain(config, out, resume, data)
 
 
-def _pretrain(config: Config, resume: bool, data: Data | None) -> Run:
-    trainer = Trainer(config, data)
-    found = checkpoint.latest(trainer.out)
-    if found and not resume:
+def _pretrain(config: Config, out: Path, resume: bool, data: Data | None) -> Run:
+    found = checkpoint.latest(out)
+    # Looked for before the processes meet in Trainer: later, the lead may have written its own.
+    if not resume and (found or (out / "config.yaml").exists()):
         raise ValueError(
-            f"out: {trainer.out} holds a run already; continue it with resume (--resume), "
+            f"out: {out} holds a run already; continue it with resume (--resume), "
             f"or name another folder"
         )
+    trainer = Trainer(config, data)
     if found:
         trainer.restore(checkpoint.load(found))
-        if trainer.step == trainer.steps and (trainer.out / "backbone.safetensors").exists():
-            trainer.say(f"{trainer.out} is complete ({trainer.config.epochs} epochs)")
-            return Run(trainer.out, True, trainer.history)
+        whole = all((out / name).exists() for name in ("backbone.safetensors", "config.yaml"))
+        if trainer.step == trainer.steps and whole:
+            trainer.say(f"{out} is complete ({trainer.config.epochs} epochs)")
+            return Run(out, True, trainer.history, trainer.data)
     threads = torch.get_num_threads()
     try:
         return trainer.run()
@@ -111,6 +120,11 @@ class Trainer:
             resolve(config.backend, torch.empty(0, device=self.device))
         except RuntimeError as error:
             raise ValueError(f"backend: {error}") from None
+        if config.precision == "float16" and self.device.type == "cpu":
+            raise ValueError(
+                "precision must be float32 or bfloat16 on a CPU, which computes 'float16' far too "
+                "slowly"
+            )
         self.out = _writable(config.out)
         with parallel.lead_first():  # who downloads what is not there
             self.data = data or load(
@@ -173,8 +187,9 @@ class Trainer:
         self.writer: Any = nullcontext()
         if self.rank == 0:  # the lead alone writes
             config.save(self.out / "config.yaml")
-            (self.out / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
-            self.writer = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.step)
+            about = json.dumps(environment(), indent=2) + "\n"
+            checkpoint.write(self.out / "environment.json", about.encode())
+            self.writer = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.step + 1)
         parameters = sum(parameter.numel() for parameter in self.method.parameters())
         processes = f", {self.ranks} processes" if self.ranks > 1 else ""
         self.say(
@@ -192,6 +207,7 @@ class Trainer:
             TimeRemainingColumn(),
             disable=not sys.stdout.isatty() or self.rank > 0,
         )
+        stopped = False
         with _stoppable() as stop, progress, self.writer:
             bar = progress.add_task("starting", total=self.steps, completed=self.step, told="")
             last = time.perf_counter()
@@ -213,14 +229,12 @@ class Trainer:
                     if self.rank == 0:
                         progress.console.print(line, highlight=False, soft_wrap=True)
                     last = time.perf_counter()
-                if parallel.any_of(stop.is_set(), self.device):
+                stopped = parallel.any_of(stop.is_set(), self.device)
+                if stopped:
                     break
         if self.step < self.steps:
             self._save()
-            self.say(f"stopped after step {self.step} of {self.steps}; continue with:")
-            self.say(f"  fastssl pretrain --resume --out {self.out}")
-            return Run(self.out, False, self.history)
-        if self.rank == 0:
+        elif self.rank == 0:
             networks.export_backbone(
                 self.out / "backbone.safetensors",
                 self.backbone,
@@ -230,7 +244,10 @@ class Trainer:
                 mean=self.data.mean,
                 std=self.data.std,
             )
-        return Run(self.out, True, self.history)
+        if stopped:
+            self.say(f"stopped after step {self.step} of {self.steps}; continue with:")
+            self.say(f"  {checkpoint.resume_command(self.out)}")
+        return Run(self.out, not stopped, self.history, self.data)
 
     def say(self, line: str) -> None:
         """Print a line, in the lead."""
@@ -264,13 +281,8 @@ class Trainer:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take up the state of a checkpoint, if it is one of this very run."""
-        for name, now in dataclasses.asdict(self.config).items():
-            then = state["config"].get(name)
-            if name not in FREE and then != now:
-                raise ValueError(
-                    f"{name} is {now!r}, but the run in {self.out} was started with {then!r}; "
-                    f"leave it so, or name another folder with out"
-                )
+        options = dataclasses.asdict(self.config)
+        check_same(options, state["config"], options.keys() - FREE, self.out)
         if state["images"] != len(self.images):
             raise ValueError(
                 f"data_dir: the data set has {len(self.images)} images, but the run in "
@@ -338,8 +350,9 @@ class Trainer:
             raise FloatingPointError(
                 f"the {what} is not finite at step {self.step + 1} "
                 f"(epoch {self.step // self.per_epoch + 1}); the state after step {self.step} is "
-                f"saved in {self.out / checkpoint.NAME}. A lower lr (now {self.config.lr:g}), more "
-                f"warmup_epochs or another precision may help"
+                f"saved in {self.out / checkpoint.NAME}. To start anew with a lower lr (now "
+                f"{self.config.lr:g}), more warmup_epochs or another precision, and another out, "
+                f"may help"
             )
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -420,7 +433,7 @@ class Trainer:
 
         for name, value in row.items():
             if name != "epoch" and value is not None:
-                self._log(f"epoch/{name}", value, epoch)
+                self._log(f"epoch/{name}", value, self.step)
         table = io.StringIO()
         lines = csv.DictWriter(table, row)
         lines.writeheader()
@@ -435,6 +448,44 @@ class Trainer:
             f"effective rank {row['effective_rank']:.0f}  {own}{rate:.0f} images/s  "
             f"loss {row['loss_share']:.1%} of a step"
         )
+
+
+def check_same(
+    options: dict[str, Any], started: dict[str, Any], names: Iterable[str], out: Path
+) -> None:
+    """Raise ValueError if one of the named options is not what a run was started with."""
+    for name, now in options.items():
+        if name in names and now != started.get(name):
+            raise ValueError(
+                f"{name} is {now!r}, but the run in {out} was started with {started.get(name)!r}; "
+                f"leave it so, or name another folder with out"
+            )
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[Path]:
+    """A folder that nobody else may write a run to meanwhile, where the system has such locks."""
+    if os.name != "posix" or parallel.rank():  # the lead alone writes
+        yield folder
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    with suppress(OSError):  # some file systems of networks have no locks
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise ValueError(
+                f"out: another run is being written to {folder}; wait for its end, or name another "
+                f"folder"
+            ) from None
+    try:
+        yield folder
+    finally:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)  # workers may have the file open for longer
+        os.close(handle)
 
 
 @contextmanager

@@ -201,7 +201,10 @@ def load_backbone(path: str | Path, device: str | torch.device = "cpu") -> Any:
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from None
+        raise ValueError(
+            f"{path} is truncated or not a safetensors file ({error})"
+            f"{checkpoint.remedy(path.parent)}"
+        ) from None
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} is not a backbone that fastssl exported")
     about = json.loads(metadata["backbone"])

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import math
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -122,12 +123,13 @@ class _First(Dataset[Item]):
         return (images if isinstance(images, Tensor) else images[0]), label
 
 
-def write_report(run: Path, *, data: Data | None = None) -> Path:
+def write_report(run: Path, *, data: Data | None = None, data_dir: Path | None = None) -> Path:
     """Draw the report of a run, finished or not.
 
     Args:
         run: The folder that ``pretrain`` wrote.
         data: What was given to ``pretrain`` in place of its data set.
+        data_dir: Where the data set lies now, if not where the run found it.
 
     Returns:
         The path of ``report.html`` in that folder. It holds its pictures and asks for nothing from
@@ -139,21 +141,21 @@ def write_report(run: Path, *, data: Data | None = None) -> Path:
     run = Path(run)
     config = evaluate.run_config(run)
     history, results = _history(run), evaluate.read_results(run)
-    images = data or evaluate.load_data(config)
+    images = data or evaluate.load_data(config, data_dir)
     method = METHODS[config.method]
     page: dict[str, Any] = {
         "title": f"{config.method} on {images.name}",
         "subtitle": f"{config.backbone}, {len(images.pretrain):,} images of {images.size} x "
-        f"{images.size} pixels, {len(history)} of {config.epochs} epochs, in {run}",
+        f"{images.size} pixels, {len(history)} of {_counted(config.epochs, 'epoch')}, in {run}",
         "run": run,
         "run_repr": repr(str(run)),
+        "go_on": checkpoint.resume_command(run),
         "summary": summary(run),
         "tiles": _tiles(history, results),
         "pixels": images.size <= networks.SMALL,
         "labelled": method.labelled,
         "method": (sys.modules[method.__module__].__doc__ or "").partition("\n")[0],
         "views": _halves(_view_strips(images, config)),
-        "input": f"[B, {images.channels}, {images.size}, {images.size}] -> [B, {_width(run)}]",
         "files": [
             (name, _size(run / name), what) for name, what in FILES.items() if (run / name).exists()
         ],
@@ -169,6 +171,8 @@ def write_report(run: Path, *, data: Data | None = None) -> Path:
     if results and "few_labels" in results:
         page |= {"stages": _stages(results), "few": _few_labels(results)}
     if (run / "backbone.safetensors").exists():
+        shape = f"{images.channels}, {images.size}, {images.size}"
+        page["input"] = f"[B, {shape}] -> [B, {networks.load_backbone(run).out_features}]"
         page |= _embedding(run, images, config)
     template = jinja2.Environment(
         loader=jinja2.PackageLoader("fastssl.trainer", "."),
@@ -189,20 +193,29 @@ def summary(run: Path) -> str:
     if not history:
         return f"The run in {run} has not finished its first epoch. There is nothing to tell yet."
     if not results or "skipped" in results:
-        why = f": {results['skipped']}" if results else f": fastssl evaluate {run} does that"
-        last = history[-1]
+        was, now = (f"{row['loss']:.3f}" for row in (history[0], history[-1]))
+        moved = f"fell from {was} to" if float(now) < float(was) else f"rose from {was} to"
+        left = "The backbone has not been evaluated: "
+        if results:
+            left += results["skipped"]
+        elif (run / "backbone.safetensors").exists():
+            left += f"fastssl evaluate {shlex.quote(str(run))} does that"
+        else:
+            left = f"Pretraining has not finished: {checkpoint.resume_command(run)} goes on"
         return (
-            f"After {len(history)} of {config.epochs} epochs the loss fell from "
-            f"{history[0]['loss']:.3f} to {last['loss']:.3f}, and the embeddings fill "
-            f"{last['effective_rank']:.0f} directions. "
-            f"The backbone has not been evaluated{why}."
+            f"After {len(history)} of {_counted(config.epochs, 'epoch')} the loss "
+            f"{'is' if now == was else moved} {now}, and the embeddings fill "
+            f"{_counted(round(history[-1]['effective_rank']), 'direction')}. {left}."
         )
-    knn = results["knn"]
+    knn, epochs = results["knn"], _counted(len(history), "epoch")
     labels = "From labels" if METHODS[config.method].labelled else "Without a single label"
-    first = (
-        f"{labels}, {len(history)} epochs taught the network features by which "
-        f"nearest neighbours classify {knn['pretrained']:.1%} of {results['test_images']:,} unseen "
-        f"images, against {knn['random']:.1%} with the same network untrained."
+    if round(knn["pretrained"], 3) > round(knn["random"], 3):  # as they are printed
+        first = f"{labels}, {epochs} taught the network features by which nearest neighbours"
+    else:
+        first = f"{labels}, {epochs} did not help: by the network's features nearest neighbours"
+    first += (
+        f" classify {knn['pretrained']:.1%} of {results['test_images']:,} unseen images, against "
+        f"{knn['random']:.1%} with the same network untrained."
     )
     rows = _told(results)
     if not rows:
@@ -213,6 +226,10 @@ def summary(run: Path) -> str:
         for row in rows
     ]
     return f"{first} Fine-tuned, it reaches {' and '.join(told)}."
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _told(results: dict[str, Any]) -> list[Any]:
@@ -262,11 +279,6 @@ def _tiles(
     return tiles
 
 
-def _width(run: Path) -> int | str:
-    path = run / "backbone.safetensors"
-    return networks.load_backbone(path).out_features if path.exists() else "features"
-
-
 def _size(path: Path) -> str:
     paths = path.rglob("*") if path.is_dir() else [path]
     size = sum(p.stat().st_size for p in paths if p.is_file())
@@ -312,6 +324,8 @@ def _training(
                 )
             ax.set(xlabel="epoch", ylabel=label)
             ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+            if len(rows) == 1:
+                ax.set_xlim(epochs[0] - 1, epochs[0] + 1)
             ax.margins(y=0.12)
             low, high = ax.get_ylim()
             if name in MONITORS or name in PROTOTYPES:  # from zero, which is where a collapse leads
@@ -377,13 +391,16 @@ def _stages(results: dict[str, Any]) -> dict[str, Any]:
         for stage in stages
     )
     best = max(stages, key=lambda stage: stage["pretrained"])
-    gap = max(stages, key=lambda stage: stage["pretrained"] - stage["random"])
+    gains = {s["name"]: round(100 * (s["pretrained"] - s["random"]), 1) for s in stages}
+    most, least = max(gains, key=gains.__getitem__), min(gains, key=gains.__getitem__)
     text = f"The pretrained network's best features are those after {best['name']}"
-    if gap["pretrained"] > gap["random"]:
-        points = 100 * (gap["pretrained"] - gap["random"])
-        text += f"; pretraining adds most after {gap['name']}, {points:.1f} points."
+    if gains[most] > 0:
+        text += f"; pretraining adds most after {most}, {gains[most]:.1f} points"
     else:
-        text += "; after no stage are they better than those of the random network."
+        text += "; after no stage are they better than those of the random network"
+    if gains[least] < 0:
+        text += f", and takes most after {least}, {-gains[least]:.1f} points"
+    text += "."
     return {"figure": _figure(draw, f"Accuracy by depth. {told}", 3.2), "text": text}
 
 
@@ -410,8 +427,9 @@ def _few_labels(results: dict[str, Any]) -> dict[str, Any]:
             )
         ax.set(xscale="log", xlabel="labelled images", ylabel="accuracy on unseen images (%)")
         ax.set_xticks(counts, [str(count) for count in counts])
+        ax.set_xlim(counts[0] / 1.5, 1.5 * counts[-1])
         ax.minorticks_off()
-        ax.legend(frameon=False, loc="lower right", fontsize=10)
+        ax.legend(frameon=False, fontsize=10)
 
     told = "; ".join(
         f"{row['labels']} labels: " + ", ".join(f"{ARMS[a][0]} {_percent(row[a])}" for a in ARMS)
@@ -499,12 +517,16 @@ def _embedding(run: Path, images: Data, config: Config) -> dict[str, Any]:
 
 
 def _map(x: Tensor, y: Tensor, queries: Any, images: Data, labelled: bool) -> dict[str, Any]:
-    """Two maps of the same points: coloured by class, and with the images themselves."""
+    """Two maps of the same points: coloured by class, and with the images themselves.
+
+    There is none of fewer than ten.
+    """
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
     if len(x) < 10:
-        return {}
+        text = f"There is no map of so few images: here are {len(x)}, and it takes 10."
+        return {"map": {"text": text, "figures": []}}
     x = F.normalize(x)
     perplexity = min(30, len(x) / 4)
     place = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(x.numpy())

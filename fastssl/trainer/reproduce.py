@@ -119,7 +119,7 @@ class Found(dict[str, dict[str, list[float]]]):
         a = f"{first} ({self.told(arm, measure)})"
         b = f"{second} ({self.told(other, of_other)})"
         if len(self[arm][measure]) < 2:
-            return f"{a} and {b}: with a single seed nothing is claimed."
+            return f"{a} stands beside {b}."
         lead = self.lead(arm, other, measure, of_other)
         if not lead:
             return f"{a} and {b} differ by no more than deviation."
@@ -253,18 +253,21 @@ def reproduce(
             found.add(UNTRAINED, _once(out / f"{UNTRAINED}-{seed}.json", _as_it_was, trial))
 
     sentences = experiment.text(found, ask)
+    if seeds == 1:
+        sentences.append("With a single seed there is no deviation, and nothing is claimed.")
     how: dict[str, Any] = {"experiment": experiment.name, **dataclasses.asdict(ask)}
     how |= {"epochs": config.epochs, "seeds": seeds}
     checkpoint.write(out / "figure.svg", draw(experiment, arms, found))
     results = json.dumps({**how, "text": sentences, "found": found}, indent=2)
     checkpoint.write(out / "results.json", (results + "\n").encode())
+    told = "Mean and standard deviation" if seeds > 1 else "Trained once"
     blocks = [
         f"# {experiment.name}",
         experiment.line,
         "![figure](figure.svg)",
         *sentences,
         table(experiment, arms, found),
-        f"Mean and standard deviation: {', '.join(f'{k} {v}' for k, v in how.items() if v)}.",
+        f"{told}: {', '.join(f'{name} {value}' for name, value in how.items() if value)}.",
     ]
     checkpoint.write(out / "text.md", ("\n\n".join(blocks) + "\n").encode())
     print("\n".join(["", *sentences, "", f"figure: {out / 'figure.svg'}"]))

@@ -1,4 +1,8 @@
-"""What every launcher needs: the device, the precision of its products, and the launch itself."""
+"""What every launcher needs of the GPU: its kind, the precision of products, and the launch itself.
+
+Launchers reach these functions through this module, so that ahead-of-time compilation and tests
+replace ``target`` and ``launch`` for all of them at once.
+"""
 
 import torch
 import triton
@@ -35,6 +39,15 @@ def precision_of(dtype, arch):
         chosen = torch.backends.fp32_precision if chosen == "none" else chosen
         return "tf32" if chosen == "tf32" else "tf32x3"
     return "ieee"
+
+
+def strided(**matrices):
+    """Arguments of a kernel for the matrices of these names: their pointers and strides."""
+    arguments = {}
+    for name, x in matrices.items():
+        arguments[f"{name}_ptr"] = x
+        arguments[f"{name}_stride_n"], arguments[f"{name}_stride_d"] = x.stride()
+    return arguments
 
 
 def launch(kernel, grid, **arguments):

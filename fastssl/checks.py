@@ -1,11 +1,13 @@
-"""What the losses accept. Each error names the argument, what was given and what is accepted."""
+"""What is accepted. Each error names the argument, what was given and what is accepted."""
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 from numbers import Real
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastssl.distributed import Group, Ranks, ranks_of
 
@@ -31,6 +33,8 @@ def check_embeddings(
         raise TypeError(
             f"{name} must be float64, float32, bfloat16 or float16, got {_name(z.dtype)}"
         )
+    if z.layout != torch.strided:
+        raise TypeError(f"{name} must be dense, got layout {_name(z.layout)}")
     if z.dim() < 2 or (z.dim() > 2 and not positions) or 0 in z.shape:
         shape = f"({letters.replace(' and', ',')}) with {letters} at least 1"
         if positions:
@@ -107,53 +111,95 @@ def check_ids(name: str, ids: Tensor, z: Tensor, dims: int = 1) -> None:
         raise ValueError(f"{name} must be on the embeddings' device {z.device}, got {ids.device}")
 
 
-def check_scalar(name: str, value: float | Tensor, *, positive: bool = True) -> None:
-    """Accept a finite number or a 0-dim floating-point tensor; with positive, one above 0."""
+def check_scalar(
+    name: str, value: float | Tensor, z: Tensor | None = None, *, positive: bool = True
+) -> None:
+    """Accept a number or a floating-point tensor of one element, as ``check_number`` does.
+
+    With z, a tensor must be on its device or on a CPU.
+    """
     if not isinstance(value, Tensor):
         if not isinstance(value, Real) or isinstance(value, bool):
             raise TypeError(
-                f"{name} must be a number or a 0-dim tensor, got {type(value).__name__}"
+                f"{name} must be a number or a tensor of one element, got {type(value).__name__}"
             )
     else:
         if not value.is_floating_point():
             raise TypeError(f"{name} must be a floating-point tensor, got {_name(value.dtype)}")
-        if value.dim() != 0:
+        if value.numel() != 1:
             raise ValueError(
-                f"{name} must be a number or a 0-dim tensor, got shape {tuple(value.shape)}"
+                f"{name} must be a number or a tensor of one element, got shape "
+                f"{tuple(value.shape)}"
+            )
+        if z is not None and value.device.type != "cpu" and value.device != z.device:
+            raise ValueError(
+                f"{name} must be on the embeddings' device {z.device}, got {value.device}"
             )
         # To read the value would stop an accelerator and break a graph that is being compiled.
         if value.device.type != "cpu" or torch.compiler.is_compiling():
             return
         value = value.item()
-    check_number(name, value, positive=positive)
+    check_number(name, value, z, positive=positive)
 
 
-def check_number(name: str, value: float, *, positive: bool = False) -> None:
-    """Accept a finite number; with positive, one above 0.
+def check_number(
+    name: str, value: float, z: Tensor | None = None, *, positive: bool = False
+) -> None:
+    """Accept a finite number; with positive, one above 0 whose inverse is finite.
+
+    Args:
+        name: The argument's name.
+        value: The number.
+        z: Embeddings, in the type of whose losses the number must be finite; None for float64.
+        positive: Whether it must be above 0.
 
     Raises:
         TypeError: value is not a number.
         ValueError: It is not finite, or not positive.
     """
-    if not isinstance(value, Real) or isinstance(value, bool):
+    if not isinstance(value, Real) or isinstance(value, (bool, Fraction)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    dtype = torch.float64 if z is None else torch.promote_types(z.dtype, torch.float32)
+    largest = torch.finfo(dtype).max
+    accepted = "positive and finite" if positive else "finite"
     # A comparison can be compiled where the float is symbolic; math.isfinite cannot.
     if not -math.inf < value < math.inf or (positive and value <= 0):
-        accepted = "positive and finite" if positive else "finite"
         raise ValueError(f"{name} must be {accepted}, got {value}")
+    if not -largest <= value <= largest or (positive and value < 1 / largest):
+        inverse = ", and so its inverse" if positive else ""
+        raise ValueError(f"{name} must be {accepted} in {_name(dtype)}{inverse}, got {value}")
 
 
-def check_count(name: str, value: int) -> None:
-    """Accept a whole number that is not negative.
+def check_count(name: str, value: int, least: float = 0) -> None:
+    """Accept a whole number from the least on.
 
     Raises:
         TypeError: value is not a whole number.
-        ValueError: It is negative.
+        ValueError: It is less.
     """
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be a whole number, got {type(value).__name__}")
-    if value < 0:
-        raise ValueError(f"{name} must be at least 0, got {value}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def check_no_tangents(*values: object) -> None:
+    """Refuse inputs of forward-mode differentiation, whose tangents the operators would drop.
+
+    Raises:
+        NotImplementedError: One of the values has a tangent, or may have within another transform.
+    """
+    if getattr(forward_ad, "_current_level", -1) < 0:
+        return
+    for x in values:
+        if isinstance(x, Tensor) and (
+            torch._C._functorch.is_functorch_wrapped_tensor(x)
+            or forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
+        ):
+            raise NotImplementedError(
+                "forward-mode differentiation is not supported: use a backward pass, "
+                "not torch.func.jvp or jacfwd"
+            )
 
 
 def check_choice(name: str, value: str, accepted: Sequence[str]) -> None:
@@ -162,5 +208,5 @@ def check_choice(name: str, value: str, accepted: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, got {value!r}")
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _name(of: torch.dtype | torch.layout) -> str:
+    return str(of).removeprefix("torch.")

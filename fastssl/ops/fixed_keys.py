@@ -1,0 +1,113 @@
+"""Similarity log-sum-exp over keys without a gradient, as a differentiable operator.
+
+A backend's launcher does the work (``kernels/fixed_keys.py``, ``streaming/fixed_keys.py``).
+Gradients are computed with the sums, if any is needed; the backward pass multiplies them. A second
+derivative raises.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastssl.ops.backend import launchers
+
+
+def fixed_keys_lse(
+    q: Tensor,
+    k: Tensor,
+    scale: Tensor,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    *,
+    backend: str,
+) -> Tensor:
+    """``similarity_lse`` of cosines with keys that need no gradient, and are not kept.
+
+    Args:
+        q: [M, D] rows.
+        k: [N, D] rows.
+        scale: 0-dim, positive, of the accumulation type (float64 for float64 rows, else float32).
+        row_ids: [M] integers, or None where every row sees every column.
+        col_ids: [N] integers, likewise.
+        backend: ``"triton"`` or ``"torch"``, resolved.
+
+    Returns:
+        [M], of scale's type; -inf for a row that sees no column.
+    """
+    gradients = torch.is_grad_enabled() and (q.requires_grad or scale.requires_grad)
+    lse: Tensor = _fixed_keys_lse(q, k, scale, row_ids, col_ids, gradients, backend)[0]
+    return lse
+
+
+@torch.library.custom_op("fastssl::fixed_keys_lse", mutates_args=())
+def _fixed_keys_lse(
+    q: Tensor,
+    k: Tensor,
+    scale: Tensor,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    gradients: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.autocast(q.device.type, enabled=False):
+        return launchers(backend, "fixed_keys").fixed_keys_lse_fwd(
+            q, k, scale, row_ids, col_ids, gradients
+        )
+
+
+@torch.library.custom_op("fastssl::fixed_keys_lse_bwd", mutates_args=())
+def _fixed_keys_lse_bwd(
+    dlse: Tensor,
+    q: Tensor,
+    scale: Tensor,
+    dq: Tensor,
+    dscale: Tensor,
+    needs: list[bool],
+    backend: str,
+) -> list[Tensor]:
+    need_q, need_scale = needs
+    with torch.autocast(q.device.type, enabled=False):
+        grads = [(dq * dlse[:, None]).to(dq.dtype)] if need_q else []
+        return [*grads, dscale @ dlse] if need_scale else grads
+
+
+@_fixed_keys_lse.register_fake
+def _fixed_keys_lse_fake(
+    q: Tensor, k: Tensor, scale: Tensor, row_ids: object, col_ids: object, gradients: bool, _: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    lse = scale.new_empty(len(q))
+    if gradients:
+        return lse, torch.empty_like(q), torch.empty_like(lse)
+    return lse, scale.new_empty(0, 0), scale.new_empty(0)
+
+
+@_fixed_keys_lse_bwd.register_fake
+def _fixed_keys_lse_bwd_fake(
+    dlse: Tensor,
+    q: Tensor,
+    scale: Tensor,
+    dq: Tensor,
+    dscale: Tensor,
+    needs: list[bool],
+    backend: str,
+) -> list[Tensor]:
+    return [torch.empty_like(x) for x, need in zip((q, scale), needs, strict=True) if need]
+
+
+def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, _, scale, *_, ctx.backend = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    # q and scale are there to be missed: a second derivative by them raises.
+    ctx.save_for_backward(q, scale, *output[1:])
+
+
+def _multiply_gradients(ctx: Any, dlse: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    need_q, _, need_scale, *others = ctx.needs_input_grad
+    needs = [need_q, need_scale]
+    found = iter(_fixed_keys_lse_bwd(dlse, *ctx.saved_tensors, needs, ctx.backend))
+    dq, dscale = (next(found) if need else None for need in needs)
+    return dq, None, dscale, *(None for _ in others)
+
+
+_fixed_keys_lse.register_autograd(_multiply_gradients, setup_context=_keep_gradients)

@@ -1,0 +1,77 @@
+"""Log-sum-exp of two views' rows as a differentiable operator; ``similarity.py`` has the rest.
+
+A backend's launchers do the work (``kernels/two_views.py``, ``streaming/two_views.py``).
+"""
+
+import torch
+from torch import Tensor
+
+from fastssl.ops.autograd import connect
+from fastssl.ops.backend import launchers
+from fastssl.streaming.tiles import TILE
+
+
+def two_view_lse(
+    z0: Tensor, z1: Tensor, scale: Tensor, ids: Tensor | None = None, *, backend: str
+) -> Tensor:
+    """Log-sum-exp of each row's negatives, less its positive's score, for the rows of two views.
+
+    With z the 2N rows of z0 and z1 one above the other and x_ij = scale cos(z_i, z_j),
+    R_i = log sum_j exp(x_ij - x_ip) where p is the same sample's row in the other view and j runs
+    over the rows of other samples: j mod N != i mod N, or with ids, ids[j mod N] != ids[i mod N].
+    The difference is what contrastive losses need, and taken here it keeps its digits where both
+    terms are large.
+
+    Args:
+        z0: [N, D] rows of one view.
+        z1: [N, D] rows of the other.
+        scale: 0-dim, positive, of the accumulation type (float64 for float64 rows, else float32).
+        ids: [N] integers, equal for samples that are not each other's negatives.
+        backend: ``"triton"`` or ``"torch"``, resolved.
+
+    Returns:
+        [2N], of scale's type; -inf for a row without negatives.
+    """
+    lse: Tensor = _two_view_lse(z0, z1, scale, ids, backend)[0]
+    return lse
+
+
+@torch.library.custom_op("fastssl::two_view_lse", mutates_args=())
+def _two_view_lse(
+    z0: Tensor, z1: Tensor, scale: Tensor, ids: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with torch.autocast(z0.device.type, enabled=False):
+        return launchers(backend, "two_views").two_view_lse_fwd(z0, z1, scale, ids)
+
+
+@torch.library.custom_op("fastssl::two_view_lse_bwd", mutates_args=())
+def _two_view_lse_bwd(
+    dlse: Tensor,
+    z0: Tensor,
+    z1: Tensor,
+    scale: Tensor,
+    ids: Tensor | None,
+    top: Tensor,
+    total: Tensor,
+    rnorm: Tensor,
+    tile: Tensor,
+    needs: list[bool],
+    backend: str,
+) -> list[Tensor]:
+    with torch.autocast(z0.device.type, enabled=False):
+        grads = launchers(backend, "two_views").two_view_lse_bwd(
+            dlse, z0, z1, scale, ids, top, total, rnorm, tile, needs
+        )
+    return [grad for grad in grads if grad is not None]
+
+
+@_two_view_lse.register_fake
+def _two_view_lse_fake(
+    z0: Tensor, z1: Tensor, scale: Tensor, ids: object, backend: str
+) -> tuple[Tensor, ...]:
+    rows = 2 * len(z0)
+    kept = rows if backend == "torch" and rows <= TILE else 0
+    return (*(scale.new_empty(rows) for _ in range(4)), scale.new_empty(kept, kept))
+
+
+connect(_two_view_lse, _two_view_lse_bwd, outputs=1, differentiable=3, tensors=4)
