@@ -1,7 +1,7 @@
 """A small trainer: pretrain a backbone with a fused loss, evaluate it, draw a report.
 
-Needs the ``train`` extra: ``pip install '.[train]'`` in a checkout. Each name is imported when it is
-first used, so that looking at an option's help does not load torchvision.
+Needs the ``train`` extra: ``pip install '.[train]'`` in a checkout. Each name is imported when it
+is first used, so that looking at an option's help does not load torchvision.
 """
 
 from importlib import import_module
