@@ -104,7 +104,7 @@ def fill(page: Path, results: Path) -> None:
     """Put what is recorded into a page's tables and draw the figures that it shows."""
     text = page.read_text()
     page.write_text(report.filled(text, results))
-    for name, figure in re.findall(r"benchmarks/results/([^-)]+)-([^)]+)\.svg\)", text):
+    for name, figure in re.findall(r"benchmarks/results/([^)]+)-([^-)]+)\.svg\)", text):
         document = json.loads((results / f"{name}.json").read_text())
         losses = {report.slug(row["loss"]): row["loss"] for row in document["rows"]}
         draw(document, losses[figure], results / f"{name}-{figure}.svg")
