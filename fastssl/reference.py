@@ -253,7 +253,9 @@ def negative_cosine_similarity(x0: Tensor, x1: Tensor, dim: int = 1, eps: float 
     units = []
     for x in (x0, x1):
         norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
-        units.append(x * torch.where(norm > 0, 1 / norm.clamp_min(eps), torch.zeros_like(norm)))
+        seen = norm > 0  # a row of zeros gets no gradient, and none of 1 / 0 either
+        rnorm = 1 / torch.where(seen, norm.clamp_min(eps), 1)
+        units.append(x * torch.where(seen, rnorm, 0))
     return -(units[0] * units[1]).sum(dim).mean()
 
 
