@@ -227,9 +227,9 @@ def test_one_side_of_the_pairs_alone_gets_its_gradient(target: Target) -> None:
     q, k = rows(target, 21, 21, 6)
     s = torch.tensor(3.0, device=target.device)
     for side in (0, 1):
-        part = lambda q, k, s, side=side: pairs.pair_lse(  # noqa: E731
-            q, k, s, columns=True, backend=target.backend
-        )[side]
+
+        def part(q, k, s, side=side):
+            return pairs.pair_lse(q, k, s, columns=True, backend=target.backend)[side]
 
         def plain(q, k, s, side=side):
             return plain_pairs(q, k, s, columns=True).view(2, 21)[side]
