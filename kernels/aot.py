@@ -245,8 +245,8 @@ def compile_case(name, case):
     target = TARGETS[name]
     compiled = []
 
-    def launch(kernel, grid, **arguments):
-        binary = kernel.warmup(grid=grid, **arguments, enable_fp_fusion=True)
+    def launch(kernel, grid, *, enable_fp_fusion=True, **arguments):
+        binary = kernel.warmup(grid=grid, **arguments, enable_fp_fusion=enable_fp_fusion)
         tile = "x".join(str(arguments[key]) for key in arguments if key.startswith("BLOCK"))
         flags = [key[:3].lower() for key in arguments if key.isupper() and arguments[key] is True]
         options = " ".join(

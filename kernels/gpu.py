@@ -17,8 +17,10 @@ def target(device):
     if device.type == "cpu":
         return "interpreter", 4
     properties = torch.cuda.get_device_properties(device)
-    arch = getattr(properties, "gcnArchName", f"sm_{properties.major}{properties.minor}")
-    return arch.split(":")[0], properties.multi_processor_count
+    # Under CUDA gcnArchName is there too, and is the device's name.
+    hip = properties.gcnArchName.split(":")[0] if torch.version.hip else None
+    arch = hip or f"sm_{properties.major}{properties.minor}"
+    return arch, properties.multi_processor_count
 
 
 def splits_of(programs, col_blocks, slots):
@@ -50,6 +52,6 @@ def strided(**matrices):
     return arguments
 
 
-def launch(kernel, grid, **arguments):
+def launch(kernel, grid, *, enable_fp_fusion=True, **arguments):
     """Launch a kernel; fusion is named because its default differs between versions of Triton."""
-    kernel[grid](**arguments, enable_fp_fusion=True)
+    kernel[grid](**arguments, enable_fp_fusion=enable_fp_fusion)

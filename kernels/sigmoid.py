@@ -64,7 +64,7 @@ def launch_config(kernel, rows, columns, D, dtype, ids, arch, multiprocessors):
             "BLOCK_N": 64 if half else 32,
             "BLOCK_D": block_d,
             "num_warps": 4 if amd or (light and arch == "sm_90") else 8,
-            "num_stages": 3 if light and roomy else 2,
+            "num_stages": 3 if arch == "sm_100" or (light and roomy) else 2,
         }
         if ids and block_d == 128 and arch == "sm_90":
             options["num_warps"] = 8
@@ -81,6 +81,8 @@ def launch_config(kernel, rows, columns, D, dtype, ids, arch, multiprocessors):
             "num_warps": 4 if small and (amd or hopper or product or not half) else 8,
             "num_stages": 3 if roomy else 2,
         }
+        if not half and not product and arch == "sm_90":
+            options["num_warps"] = 8  # four run out of registers where chunks are unrolled
         slots = (2 if small else 1) * multiprocessors
     programs = triton.cdiv(rows, options["BLOCK_M"])
     if kernel == "product":

@@ -73,10 +73,11 @@ def launch_config(kernel, rows, columns, D, dtype, ids, arch, multiprocessors):
     slots = (2 if light else 1) * multiprocessors
     options = {
         "BLOCK_M": 64 if half or hopper else 32,
-        "BLOCK_N": 64 if half or kernel == "two_view" else 32,
+        "BLOCK_N": 64 if half or kernel in ("two_view", "fwd") else 32,
         "BLOCK_D": block_d if whole else 32,
         "num_warps": 4 if arch.startswith("gfx") or (light and arch == "sm_90") else 8,
         "num_stages": 3 if light and roomy else 2,
+        "enable_fp_fusion": False,  # forward and backward a score then has the same bits
     }
     if kernel == "two_view":
         N = rows // 2
@@ -108,7 +109,8 @@ def _pair_options(kernel, rows, columns, D, half, roomy, arch, multiprocessors):
         tiles = (row_blocks + (col_blocks if kernel == "product" else 0)) * feat_blocks
     large = half and tiles >= multiprocessors
     more_warps = arch.startswith("sm_") and arch != "sm_90" and (not half or product)
-    short = kernel == "pair" and (large or not half)
+    # Chunks of one width give float32 scores the same bits forward and backward.
+    short = not product if not half else kernel == "pair" and large
     options = {
         "BLOCK_M": 128 if large else 64,
         # A tile of scores with both of its exponentials takes many registers.
@@ -116,7 +118,10 @@ def _pair_options(kernel, rows, columns, D, half, roomy, arch, multiprocessors):
         "BLOCK_D": (64 if half else 32) // (2 if short else 1),
         "num_warps": 8 if large or more_warps else 4,
         "num_stages": (5 if short else 3) if roomy else 2,
+        "enable_fp_fusion": product,  # forward and backward a score then has the same bits
     }
+    if kernel == "pair" and not half and arch.startswith("sm_8"):
+        options["BLOCK_N"] = 32
     if not product:
         options["BLOCK_D"] = min(options["BLOCK_D"], max(16, triton.next_power_of_2(D)))
     return options
@@ -170,6 +175,12 @@ def power_of_two(rnorm):
 
 
 @triton.jit
+def inverse_of(power):
+    """1 / power of a power of two, exactly; of 0 and of what no row is as long as, something."""
+    return (0x7F000000 - power.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def logits_of(products, row_factor, col_factor):
     """Products times both sqrt(s) / norm: the same bits whichever of the two is the row."""
     return products * (row_factor[:, None] * col_factor[None, :])
@@ -181,7 +192,7 @@ def over(factor, power):
     if power is None:
         return factor
     else:
-        return tl.where(power == 0, 0.0, factor / power)
+        return tl.where(power == 0, 0.0, factor * inverse_of(power))
 
 
 @triton.jit
@@ -238,7 +249,8 @@ def gain_of(peak_ptr):
     if peak_ptr is None:
         return 1.0
     else:
-        return tl.maximum(tl.load(peak_ptr), 1e-30) / FP16_WEIGHT
+        peak = tl.maximum(tl.load(peak_ptr), 1e-30, propagate_nan=tl.PropagateNan.ALL)
+        return peak / FP16_WEIGHT
 
 
 @triton.jit
@@ -282,7 +294,8 @@ def _rnorm_kernel(
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     y_rows = tl.where(rows < N - first, rows + first, rows - (N - first))
     y_valid = tl.where(rows < N, N, 0)
-    # Rows are divided by their largest entry first: no square over- or underflows.
+    # Rows are divided first, by the power of two at their largest entry: no digit is lost, and no
+    # square over- or underflows.
     x_top = tl.full([BLOCK_M], 1e-30, tl.float32)
     y_top = tl.full([BLOCK_M], 1e-30, tl.float32)
     for d in range(0, D, BLOCK_D):
@@ -292,6 +305,8 @@ def _rnorm_kernel(
         x_top = tl.maximum(x_top, tl.max(tl.abs(x), 1))
         y_top = tl.maximum(y_top, tl.max(tl.abs(y), 1))
 
+    x_top = power_of_two(x_top)
+    y_top = power_of_two(y_top)
     xx = tl.zeros([BLOCK_M], tl.float32)
     yy = tl.zeros([BLOCK_M], tl.float32)
     xy = tl.zeros([BLOCK_M], tl.float32)
@@ -299,25 +314,25 @@ def _rnorm_kernel(
         feats = d + tl.arange(0, BLOCK_D)
         x = load_tile(x_ptr, rows, M, x_stride_n, x_stride_d, feats, D).to(tl.float32)
         y = load_tile(y_ptr, y_rows, y_valid, y_stride_n, y_stride_d, feats, D).to(tl.float32)
-        x /= x_top[:, None]
-        y /= y_top[:, None]
+        x *= inverse_of(x_top)[:, None]
+        y *= inverse_of(y_top)[:, None]
         xx += tl.sum(x * x, 1)
         yy += tl.sum(y * y, 1)
         xy += tl.sum(x * y, 1)
 
-    similarity = xy * x_top * y_top
     if x_rnorm_ptr is not None:
-        x_norm = x_top * tl.sqrt(xx)
-        y_norm = y_top * tl.sqrt(yy)
-        x_rnorm = tl.where(x_norm <= NORM_EPS, 0.0, 1 / x_norm)  # NaN stays NaN
-        y_rnorm = tl.where(y_norm <= NORM_EPS, 0.0, 1 / y_norm)
+        x_norm = x_top * tl.sqrt_rn(xx)
+        y_norm = y_top * tl.sqrt_rn(yy)
+        x_rnorm = tl.where(x_norm <= NORM_EPS, 0.0, tl.div_rn(1.0, x_norm))  # NaN stays NaN
+        y_rnorm = tl.where(y_norm <= NORM_EPS, 0.0, tl.div_rn(1.0, y_norm))
         tl.store(x_rnorm_ptr + rows, x_rnorm, mask=rows < M)
         tl.store(y_rnorm_ptr + y_rows, y_rnorm, mask=rows < N)
-        cosine = xy / (tl.sqrt(xx) * tl.sqrt(yy))
-        similarity = tl.where((x_rnorm == 0) | (y_rnorm == 0), 0.0, cosine)
+        x_top *= x_rnorm
+        y_top *= y_rnorm
     if positive_ptr is not None:
-        scale2 = tl.load(scale_ptr).to(tl.float32) * LOG2E
-        tl.store(positive_ptr + rows, similarity * scale2, mask=rows < M)
+        # Rounded as a tile's scores are, which it is compared with.
+        root = tl.sqrt(tl.load(scale_ptr).to(tl.float32) * LOG2E)
+        tl.store(positive_ptr + rows, xy * ((x_top * root) * (y_top * root)), mask=rows < M)
 
 
 @triton.jit

@@ -4,12 +4,14 @@ import itertools
 import os
 import subprocess
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 
 energy = pytest.importorskip("fastssl.kernels.energy")
 fixed_keys = pytest.importorskip("fastssl.kernels.fixed_keys")
+gpu = pytest.importorskip("fastssl.kernels.gpu")
 pairs = pytest.importorskip("fastssl.kernels.pairs")
 sigmoid = pytest.importorskip("fastssl.kernels.sigmoid")
 similarity = pytest.importorskip("fastssl.kernels.similarity")
@@ -39,6 +41,19 @@ def kernels(module: ModuleType) -> set[str]:
 
 def targets_and_kernels(rows: list[str]) -> set[tuple[str, str]]:
     return {(row.split()[0], row.split()[4]) for row in rows}
+
+
+@pytest.mark.parametrize(
+    ("hip", "name", "arch"),
+    [(None, "NVIDIA H200", "sm_90"), ("6.4", "gfx942:sramecc+:xnack-", "gfx942")],
+)
+def test_tiles_are_chosen_by_what_a_gpu_is(
+    hip: str | None, name: str, arch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    properties = SimpleNamespace(gcnArchName=name, major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert gpu.target(torch.device("cuda")) == (arch, 132)
 
 
 def test_nt_xent_on_hopper_fits() -> None:

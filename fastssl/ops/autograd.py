@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -30,7 +29,7 @@ def connect(forward: Any, backward: Any, outputs: int, differentiable: int, tens
     def fake(*given: Any) -> list[Tensor]:
         *_, needs, _ = given
         like = given[outputs : outputs + differentiable]
-        return [torch.empty_like(x) for x, need in zip(like, needs, strict=True) if need]
+        return [x.new_empty(x.shape) for x, need in zip(like, needs, strict=True) if need]
 
     forward.register_autograd(gradient, setup_context=save)
     backward.register_fake(fake)

@@ -78,7 +78,7 @@ def _fixed_keys_lse_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     lse = scale.new_empty(len(q))
     if gradients:
-        return lse, torch.empty_like(q), torch.empty_like(lse)
+        return lse, q.new_empty(q.shape), torch.empty_like(lse)
     return lse, scale.new_empty(0, 0), scale.new_empty(0)
 
 
@@ -92,7 +92,7 @@ def _fixed_keys_lse_bwd_fake(
     needs: list[bool],
     backend: str,
 ) -> list[Tensor]:
-    return [torch.empty_like(x) for x, need in zip((q, scale), needs, strict=True) if need]
+    return [x.new_empty(x.shape) for x, need in zip((q, scale), needs, strict=True) if need]
 
 
 def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

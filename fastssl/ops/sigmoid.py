@@ -96,7 +96,7 @@ def _sigmoid_sum_fake(
 def _sigmoid_sum_bwd_fake(
     dtotal: Tensor, inputs: list[Tensor], grads: list[Tensor], needs: list[bool], backend: str
 ) -> list[Tensor]:
-    return [torch.empty_like(x) for x, need in zip(inputs, needs, strict=True) if need]
+    return [x.new_empty(x.shape) for x, need in zip(inputs, needs, strict=True) if need]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

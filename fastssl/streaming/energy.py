@@ -197,7 +197,8 @@ def _raw_gradient(
     inside = scale * c.square().sum(1) + along * diagonal  # mean(du^ u^)
     slope = -inside * batch.factor.square()
     offset = -(matrix @ other.centre() + slope * batch.centre())
-    return torch.addcmul(offset, batch.x, slope).addmm_(other.x, matrix.T)
+    own = torch.addcmul(offset, batch.x, slope, out=fresh_like(batch.x))
+    return own.addmm_(other.x, matrix.T)
 
 
 def _moments(x: Tensor, eps: float, standardize: bool) -> _Batch:
