@@ -96,7 +96,9 @@ def level(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def write(request: pytest.FixtureRequest) -> Callable[[str], None]:
-    """Print a line at once."""
+    """Print a line at once, unless this is one of several processes."""
+    if hasattr(request.config, "workerinput"):
+        return lambda text: None
     plugins: Any = request.config.pluginmanager
     reporter = plugins.get_plugin("terminalreporter")
     capture = plugins.get_plugin("capturemanager")
@@ -111,15 +113,22 @@ def write(request: pytest.FixtureRequest) -> Callable[[str], None]:
 
 @pytest.fixture(scope="session")
 def document(
-    device: str, dtype: torch.dtype, level: str, write: Callable[[str], None]
+    request: pytest.FixtureRequest,
+    device: str,
+    dtype: torch.dtype,
+    level: str,
+    write: Callable[[str], None],
 ) -> dict[str, Any]:
     """What ``--record`` writes: the machine, its ceilings, and one dictionary per measurement."""
     machine = measure.describe_machine(device) | {"dtype": str(dtype)[6:]}
-    ceilings = measure.ceilings(device, dtype, quick=level == "tiny")
+    shared = hasattr(request.config, "workerinput")  # by several processes: nothing is measured
+    ceilings = measure.ceilings(device, dtype, quick=level == "tiny" or shared)
     where = machine.get("device", f"{machine['processor']}, {machine['threads']} threads")
     write(f"{where}, {machine['dtype']}, torch {machine['torch']}")
     rates = {name: f"{rate / 1e9:,.1f}" for name, rate in ceilings.items()}
-    write(f"copies {rates.pop('copy')} GB/s, exponentials {rates.pop('exp')} G/s,")
+    write(f"copies {rates.pop('copy')} GB/s")
+    if "exp" in rates:
+        write(f"exponentials {rates.pop('exp')} G/s")
     write(f"products {', '.join(f'{rate} GFLOP/s in {name}' for name, rate in rates.items())}")
     write(report.HEADER)
     return {"machine": machine, "ceilings": ceilings, "rows": []}
@@ -219,6 +228,9 @@ def compare(
             benchmark.pedantic(
                 lambda: timed.append(measure.seconds_of(step, device)), rounds=rounds
             )
+            if device != "cpu":
+                alone = [measure.device_seconds_of(step, device) for _ in range(5)]
+                row["device_seconds"], _ = measure.quantiles(alone)
         except Exception as error:
             if isinstance(error, torch.OutOfMemoryError):
                 failed = "out of memory"
@@ -229,7 +241,7 @@ def compare(
                 raise
             pytest.skip(f"not timed: {failed}")
         floor = max(
-            case.operations(*size)[backward] / document["ceilings"][str(dtype)[6:]],
+            case.operations(*size)[backward] / measure.product_rate(document["ceilings"], dtype),
             case.traffic[backward] * sum(x.nbytes for x in leaves) / document["ceilings"]["copy"],
         )
         seconds, percentiles = measure.quantiles(timed)

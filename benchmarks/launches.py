@@ -14,7 +14,7 @@ from torch import Tensor
 from fastssl.benchmarks import cases, measure
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
-level = os.environ.get("SIZE", "small")
+level = os.environ.get("SIZE", "key")
 dtype = torch.bfloat16 if device == "cuda" else torch.float32
 
 

@@ -18,6 +18,7 @@ import fastssl
 
 HERE = Path(__file__).resolve().parent
 FLUSHED = 2**28  # bytes written before a step on a GPU: more than its cache holds
+AHEAD = 10**7  # cycles that a GPU idles while Python launches a step: some milliseconds
 BUDGET = {"cpu": 2.0, "cuda": 0.3}  # seconds to spend on the steps of one row
 LIBRARIES = (
     *("lightly", "open_clip_torch", "pytorch-metric-learning"),
@@ -33,12 +34,27 @@ def device_for(name: str | None) -> str:
 
 
 def seconds_of(step: Callable[[], object], device: str) -> float:
-    """What one step takes; on a GPU by its own clock, with a cache that holds nothing of it."""
+    """What one step takes, from its call until its results are there.
+
+    On a GPU the step begins with the GPU at rest and a cache that holds nothing of it, and takes
+    what Python needs to launch it or what the GPU needs to run it, whichever is longer.
+    """
+    if device != "cpu":
+        torch.empty(FLUSHED, dtype=torch.uint8, device=device).zero_()
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def device_seconds_of(step: Callable[[], object], device: str) -> float:
+    """What the device alone takes for one step: that a GPU waits for Python does not count."""
     if device == "cpu":
-        start = time.perf_counter()
-        step()
-        return time.perf_counter() - start
+        return seconds_of(step, device)
     torch.empty(FLUSHED, dtype=torch.uint8, device=device).zero_()
+    torch.cuda._sleep(AHEAD)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     step()
@@ -67,10 +83,12 @@ def ceilings(device: str, dtype: torch.dtype, *, quick: bool = False) -> dict[st
         quick: Whether arrays are small, for a rehearsal that means nothing.
 
     Returns:
-        Bytes read and written per second by a copy ("copy"), exponentials per second ("exp"), and
-        operations per second of a matrix product in each type, float32 at "highest".
+        Bytes read and written per second by a copy ("copy"), on a CPU exponentials per second
+        ("exp"), and operations per second of a matrix product in each type, float32 at "highest".
     """
-    found = {"copy": copy_rate(device, quick), "exp": exp_rate(device)}
+    found = {"copy": copy_rate(device, quick)}
+    if device == "cpu":  # PyTorch's own on a GPU say how fast its cache and its launches are
+        found["exp"] = exp_rate()
     for kind in dict.fromkeys((torch.float32, torch.bfloat16, dtype)):
         found[str(kind)[6:]] = matmul_rate(device, kind, quick)
     if device != "cpu":
@@ -85,26 +103,35 @@ def matmul_rate(device: str, dtype: torch.dtype, quick: bool) -> float:
     """Operations per second of the best of many matrix products."""
     size = 256 if quick else 8192 if device != "cpu" else 2048 if dtype == torch.float32 else 512
     a, b, out = torch.randn(3, size, size, device=device).to(dtype).unbind()
-    best = min(seconds_of(lambda: torch.mm(a, b, out=out), device) for _ in range(20))
+    best = min(device_seconds_of(lambda: torch.mm(a, b, out=out), device) for _ in range(20))
     return 2 * size**3 / best
+
+
+def product_rate(ceilings: dict[str, float], dtype: torch.dtype) -> float:
+    """Operations per second of the products of rows of a type.
+
+    Float32 rows may also be multiplied by three products in tf32 at float32's precision.
+    """
+    rate = ceilings[str(dtype)[6:]]
+    return max(rate, ceilings.get("tf32", 0) / 3) if dtype == torch.float32 else rate
 
 
 def copy_rate(device: str, quick: bool) -> float:
     """Bytes per second, read and written, of the best of many copies of a large array."""
     a, out = torch.randn(2, 2**20 if quick else 2**26, device=device).unbind()
-    return 2 * a.nbytes / min(seconds_of(lambda: out.copy_(a), device) for _ in range(10))
+    return 2 * a.nbytes / min(device_seconds_of(lambda: out.copy_(a), device) for _ in range(10))
 
 
-def exp_rate(device: str) -> float:
-    """Exponentials per second of the best of many, on float32 numbers that a cache holds."""
-    x = torch.randn(2**18 if device == "cpu" else 2**22, device=device)
+def exp_rate() -> float:
+    """Exponentials per second of the best of many, on float32 numbers that a CPU's cache holds."""
+    x = torch.randn(2**18)
     out = torch.empty_like(x)
 
     def step() -> None:
         for _ in range(20):
             torch.exp(x, out=out)
 
-    return 20 * len(x) / min(seconds_of(step, device) for _ in range(10))
+    return 20 * len(x) / min(seconds_of(step, "cpu") for _ in range(10))
 
 
 def launches(step: Callable[[], object], device: str) -> int | None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -322,6 +323,27 @@ def test_ceilings_are_of_every_type() -> None:
     found = measure.ceilings("cpu", torch.float16, quick=True)
     assert set(found) == {"copy", "exp", "float32", "bfloat16", "float16"}
     assert min(found.values()) > 0
+
+
+def test_float32_products_may_be_three_of_tf32() -> None:
+    rates = {"float32": 50.0, "tf32": 450.0, "bfloat16": 800.0}
+    assert measure.product_rate(rates, torch.float32) == 150
+    assert measure.product_rate(rates | {"tf32": 120.0}, torch.float32) == 50
+    assert measure.product_rate({"float32": 50.0, "bfloat16": 40.0}, torch.float32) == 50
+    assert measure.product_rate(rates, torch.bfloat16) == 800
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_the_devices_own_time_has_no_launches_in_it() -> None:
+    def step() -> None:
+        x.add_(1)
+        time.sleep(0.001)  # the GPU idles longer before it begins
+        x.add_(1)
+
+    x = torch.zeros(8, device="cuda")
+    step()
+    assert 0 < measure.device_seconds_of(step, "cuda") < 0.001 < measure.seconds_of(step, "cuda")
 
 
 @pytest.mark.gpu
