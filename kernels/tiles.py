@@ -73,7 +73,7 @@ def launch_config(kernel, rows, columns, D, dtype, ids, arch, multiprocessors):
     slots = (2 if light else 1) * multiprocessors
     options = {
         "BLOCK_M": 64 if half or hopper else 32,
-        "BLOCK_N": 64 if half or kernel in ("two_view", "fwd") else 32,
+        "BLOCK_N": 64 if half or kernel == "two_view" else 32,
         "BLOCK_D": block_d if whole else 32,
         "num_warps": 4 if arch.startswith("gfx") or (light and arch == "sm_90") else 8,
         "num_stages": 3 if light and roomy else 2,
@@ -87,6 +87,8 @@ def launch_config(kernel, rows, columns, D, dtype, ids, arch, multiprocessors):
             options["num_warps"] = 8
         return options, _blocks_per_group(2 * triton.cdiv(N, options["BLOCK_N"]), 2 * slots)
 
+    if kernel == "fwd" and not half:  # what does not spill
+        options |= {"num_warps": 4} if arch == "sm_100" else {"BLOCK_N": 64}
     if kernel == "fwd" and half and hopper and rows >= 128 * multiprocessors:
         options |= {"BLOCK_M": 128, "num_warps": 8}
     programs = triton.cdiv(rows, options["BLOCK_M"])
