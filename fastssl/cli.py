@@ -88,7 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     except (ValueError, OSError, FloatingPointError) as error:
         # An error in a DataLoader's worker ends with the message, after the worker's traceback.
-        reason = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
+        text = str(error).strip() or type(error).__name__
+        reason = text.splitlines()[-1].removeprefix("ValueError: ")
     except KeyboardInterrupt:
         reason = "interrupted"
     print(f"fastssl: error: {reason}", file=sys.stderr)
@@ -212,13 +213,13 @@ def _pretrain(config: Path | None, resume: bool, **given: Any) -> int:
     from fastssl.trainer.config import Config, read_options
 
     options = {**(read_options(config) if config else {}), **given}
-    out = Path(Config.from_dict(options).resolved().out or "")
     if resume:
+        out = Path(str(options.get("out") or Config.from_dict(options).resolved().out))
         started, saved = {}, checkpoint.latest(out)
         if (out / "config.yaml").exists():
             started = read_options(out / "config.yaml")
         elif saved:
-            started = checkpoint.load(saved)["config"]
+            started = checkpoint.load(saved).get("config", {})
         if started:  # an option of one method or data set alone says nothing of another
             loop.check_same(options, started, ("method", "dataset"), out)
             options = {**started, **options, "out": str(out)}
@@ -227,16 +228,22 @@ def _pretrain(config: Path | None, resume: bool, **given: Any) -> int:
         return 130
     if parallel.rank():  # of several processes the lead goes on
         return 0
-    learned = evaluate.read_results(run.path)
-    if learned is None:
-        learned = evaluate.evaluate_run(run.path, data=run.data)
-        (run.path / "report.html").unlink(missing_ok=True)
-    _print_learned(learned)
-    if not (run.path / "report.html").exists():
-        from fastssl.trainer import report
+    page = run.path / "report.html"
+    try:
+        learned = evaluate.read_results(run.path)
+        if learned is None:
+            learned = evaluate.evaluate_run(run.path, data=run.data)
+            page.unlink(missing_ok=True)
+        _print_learned(learned)
+        if not page.exists():
+            from fastssl.trainer import report
 
-        report.write_report(run.path, data=run.data)
-    print(f"report: {run.path / 'report.html'}")
+            report.write_report(run.path, data=run.data)
+    except KeyboardInterrupt:
+        print("stopped after pretraining; continue with:")
+        print(f"  {checkpoint.resume_command(run.path)}")
+        return 130
+    print(f"report: {page}")
     return 0
 
 

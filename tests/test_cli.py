@@ -1,5 +1,6 @@
 """The fastssl command: what it prints, and how it ends."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ pytest.importorskip("torchvision")
 from PIL import Image
 
 from fastssl import cli
-from fastssl.trainer import evaluate, loop, verify
+from fastssl.trainer import Config, data, evaluate, loop, pretrain, report, verify
 
 
 @pytest.fixture
@@ -79,6 +80,68 @@ def test_an_interrupted_command_says_how_to_go_on_and_that_works(folder, capsys,
     assert "continuing run at step 1 of 4" in capsys.readouterr().out
 
 
+def test_a_few_labelled_images_have_a_report_without_label_efficiency(folder, capsys):
+    for label in ("blue", "red"):
+        for i in range(2, 30):
+            (folder / "images" / label / f"{i}.png").unlink()
+    arguments = ["pretrain", *OPTIONS, "--batch-size", "2", "--epochs", "1", "--out", "run"]
+    assert cli.main(arguments) == 0
+    assert "left out 20, 50, 100, 200 labels" in capsys.readouterr().out
+    page = (folder / "run" / "report.html").read_text()
+    assert "At which depth is it known?" in page
+    assert "Learning from few labels" not in page
+
+
+@pytest.mark.parametrize(("module", "name"), [(evaluate, "evaluate_run"), (report, "write_report")])
+def test_an_interrupted_evaluation_says_how_to_go_on(folder, capsys, monkeypatch, module, name):
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+        assert cli.main(["pretrain", *OPTIONS, "--epochs", "1", "--out", "run"]) == 130
+    said, hint = capsys.readouterr().out.splitlines()[-2:]
+    assert said == "stopped after pretraining; continue with:"
+    assert cli.main(hint.split()[1:]) == 0
+    assert (folder / "run" / "report.html").exists()
+
+
+def test_an_option_of_the_runs_own_method_may_be_said_again(folder, capsys):
+    own = ["--method", "moco", "--queue-length", "24"]
+    assert cli.main(["pretrain", *OPTIONS, *own, "--epochs", "1", "--out", "run"]) == 0
+    again = ["pretrain", "--resume", "--out", "run", "--queue-length"]
+    assert cli.main([*again, "24"]) == 0
+    assert "is complete" in capsys.readouterr().out
+    assert cli.main([*again, "36"]) == 2
+    error = capsys.readouterr().err
+    assert "queue_length is 36, but the run in run was started with 24" in error
+    (folder / "run" / "config.yaml").unlink()
+    assert cli.main([*again, "24"]) == 0
+
+
+def test_a_run_of_other_data_is_refused_where_they_cannot_be_given(folder, capsys):
+    digits = data.load("digits")
+    few = [digits.train[i] for i in range(24)]
+    own = dataclasses.replace(digits, name="own", pretrain=few, train=None, test=None)
+    config = Config(epochs=1, batch_size=8, knn_every=0, workers=0, out="run")
+    pretrain(config, data=own)
+    assert "simclr on own: 24 images" in capsys.readouterr().out
+    for command in ("evaluate run", "report run", "pretrain --resume --out run"):
+        assert cli.main(command.split()) == 2
+        error = capsys.readouterr().err
+        assert "data: the run in run was given its data from Python" in error
+        assert error.count("\n") == 1
+    assert pretrain(config, resume=True, data=own).complete
+    assert evaluate.evaluate_run("run", data=own) == {"skipped": "data set 'own' has no labels"}
+    assert "simclr on own" in report.write_report("run", data=own).read_text()
+
+
+def test_an_error_without_a_word_is_named_by_its_kind(monkeypatch, capsys):
+    def fail(*_, **__):
+        raise OSError
+
+    monkeypatch.setattr(verify, "verify", fail)
+    assert cli.main(["verify"]) == 2
+    assert capsys.readouterr().err == "fastssl: error: OSError\n"
+
+
 def test_the_command_line_overrides_the_file(folder, capsys):
     (folder / "options.yaml").write_text("epochs: 0\nout: elsewhere\n")
     arguments = ["pretrain", "--config", "options.yaml", *OPTIONS]
@@ -117,6 +180,7 @@ def test_the_command_line_overrides_the_file(folder, capsys):
         ("evaluate nothing", "nothing"),
         ("report nothing", "nothing"),
         ("verify --method simclr3", "simclr3"),
+        ("verify --out words.yaml/run", "out must be a folder that can be written"),
         ("evaluate", "arguments are required: RUN"),
         ("pretrane", "invalid choice: 'pretrane'"),
         ("", "arguments are required: COMMAND"),

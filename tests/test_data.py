@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+import shutil
 import struct
 import urllib.request
 from urllib.error import URLError
@@ -172,6 +173,15 @@ def test_classes_of_an_image_folder_are_its_subfolders(tmp_path):
     assert found.pretrain[0][0].shape == (3, 12, 10)  # augmentation crops from the whole image
 
 
+def test_classes_of_one_image_leave_none_to_test_on(tmp_path):
+    for label in "abc":
+        write_pngs(tmp_path / label, 1)
+    with pytest.raises(ValueError, match=rf"each of the 3 classes in {tmp_path} has one image"):
+        data.load("folder", tmp_path)
+    write_pngs(tmp_path / "a", 2)
+    assert len(data.load("folder", tmp_path).test) == 1
+
+
 def test_a_class_may_be_a_link_and_a_link_may_lead_back(tmp_path):
     write_pngs(tmp_path / "elsewhere", 5)
     write_pngs(tmp_path / "images" / "cat", 5)
@@ -316,8 +326,26 @@ def test_an_image_folder_without_images_is_an_error(tmp_path):
 
 @pytest.mark.parametrize("name", ["mnist", "cifar10", "stl10"])
 def test_a_missing_data_set_says_where_its_files_go(tmp_path, offline, name):
-    with pytest.raises(ValueError, match=rf"{name}.* is not in {tmp_path}.*put the files of http"):
+    with pytest.raises(
+        ValueError, match=rf"{name}.* is missing or .* in {tmp_path}.*put the files of http"
+    ):
         data.load(name, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("train-images-idx3-ubyte", b"words, not images"),
+        ("train-labels-idx1-ubyte", b""),
+        ("t10k-images-idx3-ubyte", struct.pack(">HBB3I", 0, 8, 3, 16, 28, 28) + bytes(999)),
+    ],
+)
+def test_a_damaged_data_set_is_named(tmp_path, mnist, offline, file, content):
+    shutil.copytree(mnist, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "MNIST" / "raw" / file).write_bytes(content)
+    says = rf"'mnist' is missing or damaged in {tmp_path}.*put the files of http.*another data_dir"
+    with pytest.raises(ValueError, match=says):
+        data.load("mnist", tmp_path)
 
 
 def test_an_unknown_data_set_is_an_error():

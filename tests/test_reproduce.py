@@ -250,6 +250,17 @@ def test_pretraining_never_sees_the_labelled_images(small):
     assert experiment.images(small, ask, seed=2).pretrain.indices != seen.pretrain.indices
 
 
+def test_other_numbers_of_labels_are_networks_of_their_own(small, tmp_path, monkeypatch):
+    trained = []
+    run = loop.Trainer.run
+    monkeypatch.setattr(loop.Trainer, "run", lambda t: (trained.append(t.out.name), run(t))[1])
+    for labels in (20, 30, 20):
+        assert reproduce(EXPERIMENTS["few-labels"], labels=labels, epochs=1, seeds=1)
+        results = json.loads((tmp_path / "runs" / "few-labels-digits" / "results.json").read_text())
+        assert set(results["found"]) == {f"simclr, {labels} labels", UNTRAINED}
+    assert trained == ["simclr-20-labels-0", "simclr-30-labels-0"]
+
+
 def test_features_of_the_head_are_those_after_training(small, monkeypatch):
     seen = []
     extract = evaluate.extract
@@ -286,6 +297,10 @@ def test_without_a_name_they_are_listed(capsys):
         ("collapse --dataset folder", "dataset of experiment 'collapse' must be one of digits"),
         ("few-labels --labels 0", "labels must be 2 to 80, .* got '0'"),
         ("few-labels --labels 999", "labels must be 2 to 80, the number of labelled images"),
+        (
+            "few-labels --labels 49",
+            "labels must be at most 48, which leaves a batch of 32 .* got 49",
+        ),
         ("few-labels --method supcon", "must be one of simclr"),
         ("collapse --epochs 0", "epochs must be at least 1"),
     ],

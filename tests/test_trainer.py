@@ -197,7 +197,8 @@ def test_an_interrupted_run_resumes_bit_for_bit(tiny, tmp_path, at_step, capsys,
     assert_same_result(whole, resumed)
 
 
-def test_a_killed_run_resumes_bit_for_bit_from_its_last_checkpoint(tiny, tmp_path):
+@pytest.mark.parametrize("workers", [0, 2])  # which outlive the run by seconds
+def test_a_killed_run_resumes_bit_for_bit_from_its_last_checkpoint(tiny, tmp_path, workers):
     script = """
 import os, signal, sys
 from fastssl.trainer import Config, loop
@@ -210,13 +211,16 @@ def kill(trainer, views):
 loop.Trainer._train_step = kill
 loop.pretrain(Config(**read_options(sys.argv[1])))
 """
-    Config(**tiny()).save(tmp_path / "options.yaml")
+    options = tiny(workers=workers)
+    Config(**options).save(tmp_path / "options.yaml")
     command = [sys.executable, "-c", script, str(tmp_path / "options.yaml")]
-    killed = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    with (tmp_path / "errors").open("w") as errors:  # a pipe would stay open as long as a worker
+        killed = subprocess.run(command, stdout=errors, stderr=errors, check=False)
+    assert killed.returncode == -signal.SIGKILL, (tmp_path / "errors").read_text()
     assert checkpoint.load(tmp_path / "run" / "checkpoint.pt")["step"] == 4
-    resumed = pretrain(Config(**tiny()), resume=True)
-    assert_same_result(resumed, pretrain(Config(**tiny(out=str(tmp_path / "whole")))))
+    resumed = pretrain(Config(**options), resume=True)
+    options["out"] = str(tmp_path / "whole")
+    assert_same_result(resumed, pretrain(Config(**options)))
 
 
 def test_resuming_a_complete_run_does_nothing(tiny, capsys):
@@ -312,6 +316,27 @@ def test_tensorboard_has_every_step_once_after_a_stop_and_after_a_crash(tiny, at
     assert losses == pytest.approx([row["loss"] for row in run.history])
 
 
+@pytest.mark.parametrize("writes", [0, 30])
+def test_logs_that_cannot_be_written_end_a_run_with_one_error(tiny, monkeypatch, writes):
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    write, left = RecordWriter.write, iter(range(writes))
+
+    def full(writer, content):
+        if next(left, None) is None:
+            raise OSError(28, "No space left on device")
+        write(writer, content)
+
+    monkeypatch.setattr(RecordWriter, "write", full)
+    hook = threading.excepthook
+    says = r"run/tensorboard cannot be written \(No space left on device\); .* --out .*run goes on"
+    with pytest.raises(OSError, match=says):
+        pretrain(Config(**tiny()))
+    assert threading.excepthook is hook
+    monkeypatch.undo()
+    assert pretrain(Config(**tiny()), resume=True).complete
+
+
 def test_a_signal_in_the_last_step_ends_as_an_interruption(tiny, at_step, capsys):
     at_step(11, lambda trainer: os.kill(os.getpid(), signal.SIGINT))
     run = pretrain(Config(**tiny()))
@@ -350,6 +375,20 @@ def test_a_damaged_checkpoint_stops_a_resume_and_the_one_before_works(tiny, tmp_
     resumed = pretrain(Config(**tiny()), resume=True)
     assert resumed.history[:2] == run.history[:2]
     assert_same_result(run, resumed)
+
+
+@pytest.mark.parametrize(
+    ("part", "name"), [("", "threads"), ("method", "head.3.weight"), ("optimizer", "param_groups")]
+)
+def test_a_checkpoint_that_lacks_something_is_damaged(tiny, part, name):
+    run = pretrain(Config(**tiny(epochs=1)))
+    (run.path / "backbone.safetensors").unlink()
+    state = checkpoint.load(run.path / "checkpoint.pt")
+    del (state[part] if part else state)[name]
+    torch.save(state, run.path / "checkpoint.pt")
+    says = rf"checkpoint\.pt is truncated or not a checkpoint of fastssl .*{name}.*; remove it"
+    with pytest.raises(ValueError, match=says):
+        pretrain(Config(**tiny(epochs=1)), resume=True)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_good_state_is_saved(tiny, at_step):
@@ -530,6 +569,11 @@ def test_an_exported_backbone_computes_the_same(tmp_path, name, channels, size):
     assert loaded.about == {**about, "mean": [0.5], "std": [0.25]}
     with torch.no_grad():
         assert torch.equal(loaded(images), backbone.eval()(images))
+    written = {path.read_bytes()}
+    for _ in range(9):
+        networks.export_backbone(path, backbone, **about, mean=(0.5,), std=(0.25,))
+        written.add(path.read_bytes())
+    assert len(written) == 1
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(ValueError, match="truncated or not a safetensors file"):
         load_backbone(path)
@@ -621,9 +665,10 @@ def test_a_bad_option_says_what_is_accepted(options, message):
 
 
 def test_a_device_this_machine_lacks_is_an_error(tiny):
-    for device in ("cuda:99", "abacus"):
+    for device in ("cuda:99", "abacus", "meta"):
         with pytest.raises(ValueError, match=rf"device must be auto.*got '{device}'"):
             pretrain(Config(**tiny(device=device)))
+    assert not loop.Path(tiny()["out"]).exists()
 
 
 def test_views_made_on_the_device_are_those_of_the_workers(tiny, tmp_path):

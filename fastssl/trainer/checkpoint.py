@@ -3,6 +3,7 @@
 import io
 import os
 import shlex
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,19 @@ import torch
 
 FORMAT = "fastssl checkpoint 1"
 NAME, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+
+
+def writable(name: str | Path) -> Path:
+    """The folder of that name, made if need be."""
+    folder = Path(name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(
+            f"out must be a folder that can be written, got {folder} ({error.strerror})"
+        ) from None
+    return folder
 
 
 def write(path: Path, content: bytes | memoryview) -> None:
@@ -67,10 +81,13 @@ def load(path: Path) -> dict[str, Any]:
         return state
     except Exception as error:  # torch.load raises almost anything, by what it trips over
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        previous = path.with_name(PREVIOUS)
-        advice = "remove it to start again"
-        if previous.exists() and previous != path:
-            advice = f"the one before it is kept: rename {previous} to {NAME} to go on from there"
-        raise ValueError(
-            f"{path} is truncated or not a checkpoint of fastssl ({reason}); {advice}"
-        ) from None
+        raise damaged(path, reason) from None
+
+
+def damaged(path: Path, reason: str) -> ValueError:
+    """What to raise for a checkpoint that cannot be used."""
+    previous = path.with_name(PREVIOUS)
+    advice = "remove it to start again"
+    if previous.exists() and previous != path:
+        advice = f"the one before it is kept: rename {previous} to {NAME} to go on from there"
+    return ValueError(f"{path} is truncated or not a checkpoint of fastssl ({reason}); {advice}")

@@ -119,8 +119,8 @@ def load(
         The Data.
 
     Raises:
-        ValueError: The data set is unknown, or not there and not to be had; or the folder holds no
-            images.
+        ValueError: The data set is unknown, missing or damaged; or the folder holds no images, or
+            classes of one image alone.
     """
     if name not in STATISTICS:
         raise ValueError(f"dataset must be one of {', '.join(STATISTICS)}, got {name!r}")
@@ -181,14 +181,15 @@ def _torchvision(name: str, root: Path) -> Splits:
     def split(**which: Any) -> Any:
         try:
             return kind(root, **which)
-        except RuntimeError:  # not there, or not whole
+        except Exception:  # torchvision raises almost anything for files that are not whole
             try:
                 return kind(root, download=True, **which)
-            except (OSError, RuntimeError) as error:
-                reason = " ".join(str(error).split())
+            except Exception as error:
+                reason = " ".join(str(error).split()) or type(error).__name__
                 raise ValueError(
-                    f"data set {name!r} is not in {root / place} and cannot be downloaded "
-                    f"({reason}); put the files of {site} there, or name another data_dir"
+                    f"data set {name!r} is missing or damaged in {root / place} and was not "
+                    f"downloaded ({reason}); put the files of {site} there, or name another "
+                    f"data_dir"
                 ) from None
 
     if name == "stl10":
@@ -251,6 +252,12 @@ def _folder(root: Path, size: int, *, skip: bool) -> Splits:
             of_class = [item for item in found if item[1] == label]
             test += of_class[1::5]
             train += [item for i, item in enumerate(of_class) if i % 5 != 1]
+        if not test:
+            raise ValueError(
+                f"data_dir: each of the {len(classes)} classes in {root} has one image, which "
+                f"leaves none to test on; a class must have at least 2, or all images lie in one "
+                f"folder, to be taken without labels"
+            )
     splits = [
         Files([path for path, _ in split], [label for _, label in split], side)
         for split, side in ((train, None), (train, size), (test, size))

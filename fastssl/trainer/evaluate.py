@@ -251,8 +251,19 @@ def run_config(run: Path) -> Config:
     return Config.from_dict(read_options(path)).resolved()
 
 
-def load_data(config: Config, data_dir: Path | None = None) -> Data:
+def refuse_other_data(run: Path) -> None:
+    """Raise ValueError for a run that was given its data: its options do not name them."""
+    if "data" in (read_json(run / "environment.json") or {}):
+        raise ValueError(
+            f"data: the run in {run} was given its data from Python, and its options name others; "
+            f"pass data there again, to pretrain, evaluate_run or write_report"
+        )
+
+
+def load_data(run: Path, data_dir: Path | None = None) -> Data:
     """The data set of a run, from where it lies now if that is another folder."""
+    refuse_other_data(run)
+    config = run_config(run)
     where = data_dir or config.data_dir
     return data.load(config.dataset, where, config.image_size, config.damaged)
 
@@ -311,7 +322,7 @@ def evaluate_run(
     config = run_config(run)
     device = device_for(config)
     pretrained = networks.load_backbone(run, device)
-    images = data or load_data(config, data_dir)
+    images = data or load_data(run, data_dir)
     if images.train is None:
         results: dict[str, Any] = {"skipped": f"data set {images.name!r} has no labels"}
         _write(run, results)

@@ -67,12 +67,18 @@ class FewLabels(Experiment):
 
     def arms(self, ask: Ask) -> list[Arm]:
         """One: training from scratch is measured beside it."""
-        return [Arm(ask.method, ask.method, ask.method)]
+        return [Arm(f"{ask.method}, {ask.labels} labels", ask.method, ask.method)]
 
     def images(self, images: Data, ask: Ask, seed: int) -> Data:
         """The unlabelled rest."""
         labelled = set(self._labelled(images, ask, seed))
         rest = [i for i in range(len(images.train)) if i not in labelled]
+        batch = Config(method=ask.method, dataset=ask.dataset).resolved().batch_size
+        if len(rest) < batch:
+            raise ValueError(
+                f"labels must be at most {len(images.train) - batch}, which leaves a batch of "
+                f"{batch} images to pretrain on, got {ask.labels}"
+            )
         return dataclasses.replace(images, pretrain=Subset(images.train, rest))
 
     def _labelled(self, images: Data, ask: Ask, seed: int) -> list[int]:
@@ -102,8 +108,9 @@ class FewLabels(Experiment):
             f"The network pretrained by {ask.method} and fine-tuned on {ask.labels} labels",
             "the same network trained on them from scratch",
         )
+        (arm,) = (arm.name for arm in self.arms(ask))
         return [
-            found.compare(ask.method, ask.method, "fine_tuned", names, "from_scratch"),
+            found.compare(arm, arm, "fine_tuned", names, "from_scratch"),
             "Each seed draws other labelled images. Head, steps and learning rates of both are "
             "the same, and neither augments the labelled images.",
         ]

@@ -8,7 +8,6 @@ import math
 import os
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -84,7 +83,7 @@ def pretrain(config: Config, *, resume: bool = False, data: Data | None = None) 
     if not isinstance(config, Config):
         raise TypeError(f"config must be a Config, got {type(config).__name__}")
     device = _device(config.device)
-    with parallel.process_group(device), _alone(_writable(config.resolved().out)) as out:
+    with parallel.process_group(device), _alone(checkpoint.writable(config.resolved().out)) as out:
         return _pretrain(config, out, resume, data)
 
 
@@ -96,6 +95,8 @@ def _pretrain(config: Config, out: Path, resume: bool, data: Data | None) -> Run
             f"out: {out} holds a run already; continue it with resume (--resume), "
             f"or name another folder"
         )
+    if data is None:
+        evaluate.refuse_other_data(out)
     trainer = Trainer(config, data)
     if found:
         trainer.restore(checkpoint.load(found))
@@ -125,7 +126,11 @@ class Trainer:
                 "precision must be float32 or bfloat16 on a CPU, which computes 'float16' far too "
                 "slowly"
             )
-        self.out = _writable(config.out)
+        self.out = checkpoint.writable(config.out)
+        self.given = data is not None  # which no command line can repeat
+        self.again = checkpoint.resume_command(self.out)
+        if self.given:
+            self.again = "the same call of pretrain and resume=True"
         with parallel.lead_first():  # who downloads what is not there
             self.data = data or load(
                 config.dataset, config.data_dir, config.image_size, config.damaged
@@ -134,7 +139,7 @@ class Trainer:
         self.images = self.data.train if method.labelled else self.data.pretrain
         if self.images is None:
             raise ValueError(
-                f"method {config.method!r} needs labels, and data set {config.dataset!r} has none"
+                f"method {config.method!r} needs labels, and data set {self.data.name!r} has none"
             )
         if config.batch_size > len(self.images):
             raise ValueError(
@@ -184,16 +189,19 @@ class Trainer:
         """Train to the end or until a signal, from wherever the state stands."""
         config = self.config
         torch.set_num_threads(self.threads)
-        self.writer: Any = nullcontext()
+        logs: Any = nullcontext()
         if self.rank == 0:  # the lead alone writes
             config.save(self.out / "config.yaml")
-            about = json.dumps(environment(), indent=2) + "\n"
-            checkpoint.write(self.out / "environment.json", about.encode())
-            self.writer = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.step + 1)
+            about = environment()
+            if self.given:
+                about["data"] = f"{self.data.name}, given from Python"
+            text = json.dumps(about, indent=2) + "\n"
+            checkpoint.write(self.out / "environment.json", text.encode())
+            logs = self._logs()
         parameters = sum(parameter.numel() for parameter in self.method.parameters())
         processes = f", {self.ranks} processes" if self.ranks > 1 else ""
         self.say(
-            f"{config.method} on {config.dataset}: {len(self.images)} images, "
+            f"{config.method} on {self.data.name}: {len(self.images)} images, "
             f"{config.backbone} and head of {parameters / 1e6:.2f} M parameters, "
             f"{config.epochs} epochs of {self.per_epoch} steps on {self.device}{processes}"
         )
@@ -208,7 +216,7 @@ class Trainer:
             disable=not sys.stdout.isatty() or self.rank > 0,
         )
         stopped = False
-        with _stoppable() as stop, progress, self.writer:
+        with _stoppable() as stop, progress, logs as self.writer:
             bar = progress.add_task("starting", total=self.steps, completed=self.step, told="")
             last = time.perf_counter()
             for loaded in self._loader():
@@ -246,7 +254,7 @@ class Trainer:
             )
         if stopped:
             self.say(f"stopped after step {self.step} of {self.steps}; continue with:")
-            self.say(f"  {checkpoint.resume_command(self.out)}")
+            self.say(f"  {self.again}")
         return Run(self.out, not stopped, self.history, self.data)
 
     def say(self, line: str) -> None:
@@ -254,10 +262,44 @@ class Trainer:
         if self.rank == 0:
             print(line)
 
+    @contextmanager
+    def _logs(self) -> Iterator[SummaryWriter]:
+        """TensorBoard's logs, from the next step on."""
+        usual = threading.excepthook
+
+        def report(death: threading.ExceptHookArgs) -> None:
+            # What its thread dies of is raised here, without a traceback beside it.
+            if not type(death.thread).__module__.startswith("tensorboard."):
+                usual(death)
+
+        threading.excepthook = report
+        try:
+            with self._named():
+                writer = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.step + 1)
+            try:
+                yield writer
+            finally:
+                with self._named():
+                    writer.close()
+        finally:
+            threading.excepthook = usual
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """TensorBoard's errors with the run in them: its own name no file."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(
+                f"{self.out / 'tensorboard'} cannot be written ({error.strerror or error}); the "
+                f"run's checkpoints are kept, and {self.again} goes on"
+            ) from None
+
     def _log(self, name: str, value: float, step: int) -> None:
         """Write a number to TensorBoard's logs, in the lead."""
         if self.rank == 0:
-            self.writer.add_scalar(name, value, step)
+            with self._named():
+                self.writer.add_scalar(name, value, step)
 
     def _save(self) -> None:
         """Write the checkpoint, in the lead: the state is the same in all processes."""
@@ -281,6 +323,9 @@ class Trainer:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take up the state of a checkpoint, if it is one of this very run."""
+        path = checkpoint.latest(self.out) or self.out / checkpoint.NAME
+        if missing := self.state().keys() - state.keys():
+            raise checkpoint.damaged(path, f"it has no {', '.join(sorted(missing))}")
         options = dataclasses.asdict(self.config)
         check_same(options, state["config"], options.keys() - FREE, self.out)
         if state["images"] != len(self.images):
@@ -288,9 +333,12 @@ class Trainer:
                 f"data_dir: the data set has {len(self.images)} images, but the run in "
                 f"{self.out} was started with {state['images']}"
             )
-        self.method.load_state_dict(state["method"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        try:
+            self.method.load_state_dict(state["method"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise checkpoint.damaged(path, " ".join(str(error).split())) from None
         self.threads = state["threads"]
         self.step, self.history = state["step"], state["history"]
         self.loss_sum, self.seconds = state["loss_sum"], state["seconds"]
@@ -311,7 +359,7 @@ class Trainer:
                 self.ranks,
             ),
             num_workers=self.workers,
-            worker_init_fn=_leave_process_group,
+            worker_init_fn=_start_worker,
             pin_memory=self.device.type == "cuda",
         )
 
@@ -462,6 +510,9 @@ def check_same(
             )
 
 
+_locks: set[int] = set()  # handles of the folders that this process writes runs to
+
+
 @contextmanager
 def _alone(folder: Path) -> Iterator[Path]:
     """A folder that nobody else may write a run to meanwhile, where the system has such locks."""
@@ -480,11 +531,13 @@ def _alone(folder: Path) -> Iterator[Path]:
                 f"out: another run is being written to {folder}; wait for its end, or name another "
                 f"folder"
             ) from None
+    _locks.add(handle)
     try:
         yield folder
     finally:
+        _locks.remove(handle)
         with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_UN)  # workers may have the file open for longer
+            fcntl.flock(handle, fcntl.LOCK_UN)  # whoever else has the file open
         os.close(handle)
 
 
@@ -511,10 +564,13 @@ def _stoppable() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _leave_process_group(_: int) -> None:
-    """Ctrl-C goes to a whole process group, and the workers must live to the end of the step."""
-    if hasattr(os, "setpgrp"):
+def _start_worker(_: int) -> None:
+    """Make a worker live to the end of the step, and no lock live as long as the worker."""
+    if hasattr(os, "setpgrp"):  # Ctrl-C goes to a whole process group
         os.setpgrp()
+    for handle in _locks:  # inherited; a worker outlives a killed run by seconds
+        os.close(handle)
+    _locks.clear()
 
 
 def _device(name: str) -> torch.device:
@@ -524,6 +580,8 @@ def _device(name: str) -> torch.device:
         return parallel.local_device(accelerator or torch.device("cpu"))
     try:
         device = parallel.local_device(torch.device(name))
+        if device.type not in ("cpu", accelerator and accelerator.type):
+            raise RuntimeError(f"there is no {device.type} here")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         known = f"auto, cpu or {accelerator}" if accelerator else "auto or cpu"
@@ -532,16 +590,3 @@ def _device(name: str) -> torch.device:
             f"device must be {known} on this machine, got {name!r} ({reason})"
         ) from None
     return device
-
-
-def _writable(name: str) -> Path:
-    """The folder of that name, made if need be."""
-    folder = Path(name)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ValueError(
-            f"out must be a folder that can be written, got {folder} ({error.strerror})"
-        ) from None
-    return folder

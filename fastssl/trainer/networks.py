@@ -170,7 +170,7 @@ def export_backbone(
     about = {"architecture": architecture, "channels": channels, "size": size}
     about |= {"mean": mean, "std": std}
     weights = {name: value.cpu().contiguous() for name, value in backbone.state_dict().items()}
-    checkpoint.write(Path(path), save(weights, {"format": FORMAT, "backbone": json.dumps(about)}))
+    checkpoint.write(Path(path), save(weights, {FORMAT: json.dumps(about)}))
 
 
 def load_backbone(path: str | Path, device: str | torch.device = "cpu") -> Any:
@@ -193,7 +193,12 @@ def load_backbone(path: str | Path, device: str | torch.device = "cpu") -> Any:
 
     path = Path(path)
     if path.is_dir():
-        path = path / "backbone.safetensors"
+        run, path = path, path / "backbone.safetensors"
+        if (run / "config.yaml").is_file() and not path.is_file():
+            raise ValueError(
+                f"the run in {run} is not finished, it has no {path.name} yet; "
+                f"{checkpoint.resume_command(run)} goes on"
+            )
     if not path.is_file():
         raise ValueError(f"path must be a backbone.safetensors or a run's folder, found no {path}")
     try:
@@ -205,9 +210,9 @@ def load_backbone(path: str | Path, device: str | torch.device = "cpu") -> Any:
             f"{path} is truncated or not a safetensors file ({error})"
             f"{checkpoint.remedy(path.parent)}"
         ) from None
-    if metadata.get("format") != FORMAT:
+    if FORMAT not in metadata:
         raise ValueError(f"{path} is not a backbone that fastssl exported")
-    about = json.loads(metadata["backbone"])
+    about = json.loads(metadata[FORMAT])
     backbone = build_backbone(about["architecture"], about["channels"], about["size"])
     backbone.load_state_dict(weights)
     backbone.about = about

@@ -141,7 +141,7 @@ def write_report(run: Path, *, data: Data | None = None, data_dir: Path | None =
     run = Path(run)
     config = evaluate.run_config(run)
     history, results = _history(run), evaluate.read_results(run)
-    images = data or evaluate.load_data(config, data_dir)
+    images = data or evaluate.load_data(run, data_dir)
     method = METHODS[config.method]
     page: dict[str, Any] = {
         "title": f"{config.method} on {images.name}",
@@ -168,8 +168,10 @@ def write_report(run: Path, *, data: Data | None = None, data_dir: Path | None =
     }
     if history:
         page |= _training(history, results, config)
-    if results and "few_labels" in results:
-        page |= {"stages": _stages(results), "few": _few_labels(results)}
+    if results and "skipped" not in results:
+        page["stages"] = _stages(results)
+        if results["few_labels"]:  # none of fewer images than the smallest number of labels
+            page["few"] = _few_labels(results)
     if (run / "backbone.safetensors").exists():
         shape = f"{images.channels}, {images.size}, {images.size}"
         page["input"] = f"[B, {shape}] -> [B, {networks.load_backbone(run).out_features}]"

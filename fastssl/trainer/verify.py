@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from fastssl import reference
-from fastssl.trainer import augment, data, networks
+from fastssl.trainer import augment, checkpoint, data, networks
 from fastssl.trainer.config import Config
 from fastssl.trainer.methods import METHODS
 
@@ -144,8 +144,8 @@ def verify(
         Whether every backend stayed within its tolerance. A table that says so is printed.
 
     Raises:
-        ValueError: The method is unknown or has no such loss, or steps or batch_size is out of
-            range.
+        ValueError: The method is unknown or has no such loss, steps or batch_size is out of range,
+            or out cannot be written.
     """
     if method not in REFERENCES:
         raise ValueError(
@@ -153,6 +153,8 @@ def verify(
         )
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
+    if out is not None:
+        out = checkpoint.writable(out)
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     batch_size = (12 if interpreted else 100) if batch_size is None else batch_size
     digits = data.load("digits")
@@ -222,7 +224,7 @@ def verify(
     ]
     _print(method, comparisons, steps, batch_size, device)
     if out is not None:
-        _plot(method, comparisons, Path(out))
+        _plot(method, comparisons, out)
     return all(comparison.passed for comparison in comparisons)
 
 
@@ -283,7 +285,6 @@ def _plot(method: str, comparisons: list[Comparison], out: Path) -> None:
 
     from fastssl.trainer.report import COLORS
 
-    out.mkdir(parents=True, exist_ok=True)
     figure = Figure(figsize=(10, 4), layout="constrained")
     axes = figure.subplots(1, 2)
     for i, c in enumerate(comparisons):
