@@ -143,7 +143,7 @@ class Collapse(Experiment):
 
     name = "collapse"
     line = "Does a network collapse if it only has to agree with itself, and what prevents it?"
-    takes = "6 minutes"
+    takes = "9 minutes"
     epochs = 20
     panels = (
         Panel("standard deviation of the embeddings", {"embedding_std": ""}, percent=False),
@@ -187,7 +187,7 @@ class BatchSize(Experiment):
 
     name = "batch-size"
     line = "Who needs large batches: simclr with its negatives, or byol and barlow without?"
-    takes = "6 minutes"
+    takes = "11 minutes"
     epochs = 10
     axis = "batch size"
     panels = (NEIGHBOURS, LINEAR)
@@ -223,7 +223,7 @@ class ProjectionWidth(Experiment):
 
     name = "projection-width"
     line = "Does Barlow Twins gain from a wider projection, and does simclr?"
-    takes = "5 minutes"
+    takes = "8 minutes"
     epochs = 10
     axis = "width of the projection"
     panels = (NEIGHBOURS, LINEAR)
@@ -324,7 +324,7 @@ class Head(Experiment):
 
     name = "head"
     line = "Does a projection head, thrown away afterwards, make better features?"
-    takes = "4 minutes"
+    takes = "5 minutes"
     epochs = 20
     methods = TWO_VIEWS
     panels = (NEIGHBOURS, LINEAR)
@@ -367,7 +367,7 @@ class BackboneOrHead(Experiment):
 
     name = "backbone-or-head"
     line = "Which are the better features: the backbone's, or those the loss sees?"
-    takes = "6 minutes"
+    takes = "9 minutes"
     epochs = 20
     panels = tuple(
         Panel(label, {measure: "of the backbone", f"head_{measure}": "of the head"})
