@@ -77,7 +77,8 @@ def launch_config(kernel, rows, columns, D, dtype, ids, arch, multiprocessors):
         "BLOCK_D": block_d if whole else 32,
         "num_warps": 4 if arch.startswith("gfx") or (light and arch == "sm_90") else 8,
         "num_stages": 3 if light and roomy else 2,
-        "enable_fp_fusion": False,  # forward and backward a score then has the same bits
+        # Without, a score has the same bits forward and backward; "fixed_keys" has no backward.
+        "enable_fp_fusion": kernel == "fixed_keys",
     }
     if kernel == "two_view":
         N = rows // 2
@@ -96,6 +97,8 @@ def launch_config(kernel, rows, columns, D, dtype, ids, arch, multiprocessors):
     crowded = ids or (dtype == torch.float16 and kernel == "bwd")
     if kernel != "fwd" and block_d >= 64 and crowded:
         options["BLOCK_N"] = 32
+        if kernel == "bwd" and light and arch == "sm_100":
+            options["num_warps"] = 4
     if kernel == "bwd":
         options["BLOCK_OUT"] = block_d if whole else min(block_d, 128)
         programs *= triton.cdiv(D, options["BLOCK_OUT"])
@@ -406,7 +409,7 @@ def fill_rnorms(x, y, x_rnorm, y_rnorm, positive, scale, first=0):
     """Fill the inverse norms, unless they are None, and the scores of the pairs (i, first + i)."""
     D = x.shape[1]
     block_d = min(256, max(16, triton.next_power_of_2(D)))
-    block_m = 4096 // block_d
+    block_m = 2048 // block_d
     gpu.launch(
         _rnorm_kernel,
         (triton.cdiv(len(x) if x_rnorm is None else max(len(x), len(y)), block_m),),
@@ -421,7 +424,7 @@ def fill_rnorms(x, y, x_rnorm, y_rnorm, positive, scale, first=0):
         D=D,
         BLOCK_M=block_m,
         BLOCK_D=block_d,
-        num_warps=8,
+        num_warps=4,
     )
 
 
