@@ -27,6 +27,8 @@ STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "folder": ((0.4850, 0.4560, 0.4060), (0.2290, 0.2240, 0.2250)),  # ImageNet's
 }
 ENDINGS: tuple[str, ...] = datasets.folder.IMG_EXTENSIONS
+# What torchvision raises where a data set's files are missing, cut short or of another format.
+DAMAGED = (OSError, RuntimeError, ValueError, AssertionError, EOFError, LookupError)
 
 
 class Images(Dataset[Item]):
@@ -181,10 +183,10 @@ def _torchvision(name: str, root: Path) -> Splits:
     def split(**which: Any) -> Any:
         try:
             return kind(root, **which)
-        except Exception:  # torchvision raises almost anything for files that are not whole
+        except DAMAGED:
             try:
                 return kind(root, download=True, **which)
-            except Exception as error:
+            except DAMAGED as error:
                 reason = " ".join(str(error).split()) or type(error).__name__
                 raise ValueError(
                     f"data set {name!r} is missing or damaged in {root / place} and was not "
