@@ -73,13 +73,15 @@ def launch_config(kernel, rows, columns, D, dtype, ids, arch, multiprocessors):
     slots = (2 if light else 1) * multiprocessors
     options = {
         "BLOCK_M": 64 if half or hopper else 32,
-        "BLOCK_N": 64 if half or kernel == "two_view" else 32,
+        "BLOCK_N": 64 if half or kernel in ("two_view", "fwd") else 32,
         "BLOCK_D": block_d if whole else 32,
         "num_warps": 4 if arch.startswith("gfx") or (light and arch == "sm_90") else 8,
         "num_stages": 3 if light and roomy else 2,
         # Without, a score has the same bits forward and backward; "fixed_keys" has no backward.
         "enable_fp_fusion": kernel == "fixed_keys",
     }
+    if kernel != "fixed_keys":
+        options |= _register_bound(arch)
     if kernel == "two_view":
         N = rows // 2
         if half and roomy and (block_d != 256 or arch == "sm_90") and N >= 2048:
@@ -88,8 +90,6 @@ def launch_config(kernel, rows, columns, D, dtype, ids, arch, multiprocessors):
             options["num_warps"] = 8
         return options, _blocks_per_group(2 * triton.cdiv(N, options["BLOCK_N"]), 2 * slots)
 
-    if kernel == "fwd" and not half:  # what does not spill
-        options |= {"num_warps": 4} if arch == "sm_100" else {"BLOCK_N": 64}
     if kernel == "fwd" and half and hopper and rows >= 128 * multiprocessors:
         options |= {"BLOCK_M": 128, "num_warps": 8}
     programs = triton.cdiv(rows, options["BLOCK_M"])
@@ -97,12 +97,15 @@ def launch_config(kernel, rows, columns, D, dtype, ids, arch, multiprocessors):
     crowded = ids or (dtype == torch.float16 and kernel == "bwd")
     if kernel != "fwd" and block_d >= 64 and crowded:
         options["BLOCK_N"] = 32
-        if kernel == "bwd" and light and arch == "sm_100":
-            options["num_warps"] = 4
     if kernel == "bwd":
         options["BLOCK_OUT"] = block_d if whole else min(block_d, 128)
         programs *= triton.cdiv(D, options["BLOCK_OUT"])
     return options, gpu.splits_of(programs, triton.cdiv(columns, options["BLOCK_N"]), slots)
+
+
+def _register_bound(arch):
+    """Unbounded, ptxas spills a few to have one more program on a multiprocessor; not on Hopper."""
+    return {"maxnreg": 255} if arch.startswith("sm_") and arch != "sm_90" else {}
 
 
 def _pair_options(kernel, rows, columns, D, half, roomy, arch, multiprocessors):
@@ -113,20 +116,20 @@ def _pair_options(kernel, rows, columns, D, half, roomy, arch, multiprocessors):
     if product:
         tiles = (row_blocks + (col_blocks if kernel == "product" else 0)) * feat_blocks
     large = half and tiles >= multiprocessors
-    more_warps = arch.startswith("sm_") and arch != "sm_90" and (not half or product)
+    bound = _register_bound(arch)
     # Chunks of one width give float32 scores the same bits forward and backward.
-    short = not product if not half else kernel == "pair" and large
+    short = not product if not half else kernel == "pair" and (large or bound)
     options = {
         "BLOCK_M": 128 if large else 64,
         # A tile of scores with both of its exponentials takes many registers.
         "BLOCK_N": 128 if large and product else 64,
         "BLOCK_D": (64 if half else 32) // (2 if short else 1),
-        "num_warps": 8 if large or more_warps else 4,
+        "num_warps": 8 if large or (bound and (not half or kernel != "weight")) else 4,
         "num_stages": (5 if short else 3) if roomy else 2,
         "enable_fp_fusion": product,  # forward and backward a score then has the same bits
     }
-    if kernel == "pair" and not half and arch.startswith("sm_8"):
-        options["BLOCK_N"] = 32
+    if not large:
+        options |= bound
     if not product:
         options["BLOCK_D"] = min(options["BLOCK_D"], max(16, triton.next_power_of_2(D)))
     return options
@@ -332,12 +335,15 @@ def _rnorm_kernel(
         y_rnorm = tl.where(y_norm <= NORM_EPS, 0.0, tl.div_rn(1.0, y_norm))
         tl.store(x_rnorm_ptr + rows, x_rnorm, mask=rows < M)
         tl.store(y_rnorm_ptr + y_rows, y_rnorm, mask=rows < N)
-        x_top *= x_rnorm
-        y_top *= y_rnorm
     if positive_ptr is not None:
         # Rounded as a tile's scores are, which it is compared with.
         root = tl.sqrt(tl.load(scale_ptr).to(tl.float32) * LOG2E)
-        tl.store(positive_ptr + rows, xy * ((x_top * root) * (y_top * root)), mask=rows < M)
+        if x_rnorm_ptr is not None:
+            factor = (x_top * x_rnorm * root) * (y_top * y_rnorm * root)
+        else:
+            xy = xy * x_top * y_top  # in this order: both may be past float32 where xy is 0
+            factor = root * root
+        tl.store(positive_ptr + rows, xy * factor, mask=rows < M)
 
 
 @triton.jit

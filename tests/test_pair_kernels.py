@@ -210,6 +210,13 @@ def test_scores_may_be_large_either_way(sign: int) -> None:
     check_classes(q, 1 / 50, torch.arange(70) // 3, torch.rand(70), tolerance=rounding)
 
 
+def test_the_lengths_of_orthogonal_rows_may_multiply_past_float32() -> None:
+    q, k = 1e20 * torch.randn(2, 20, 8)
+    q[:, ::2], k[:, 1::2] = 0, 0
+    for columns, normalize in itertools.product([True, False], repeat=2):
+        check_pairs(q, k, 5.0, columns=columns, normalize=normalize)
+
+
 def test_zero_rows_and_twins_are_finite() -> None:
     q, k = correlated(20, 20, 8)
     q[3], k[3], k[5], q[7] = 0, 0, 0, q[6]
