@@ -128,7 +128,7 @@ def _pair_options(kernel, rows, columns, D, half, roomy, arch, multiprocessors):
         "num_stages": (5 if short else 3) if roomy else 2,
         "enable_fp_fusion": product,  # forward and backward a score then has the same bits
     }
-    if not large:
+    if not large or kernel == "weight":
         options |= bound
     if not product:
         options["BLOCK_D"] = min(options["BLOCK_D"], max(16, triton.next_power_of_2(D)))
