@@ -1,6 +1,6 @@
 # make pretrain   pretrain a small network with a fused loss and draw a report
 # make test       the test suite
-# make exhaustive every kernel compiled for every GPU in every configuration; hours on two cores
+# make exhaustive every kernel compiled for every GPU in every configuration; an hour and more
 # make check      format, lint, types and the quick tests
 # make bench      the benchmark suite
 #
@@ -28,7 +28,7 @@ test: $(VENV)/.test
 	$(BIN)/pytest --numprocesses 2
 
 exhaustive: $(VENV)/.test
-	@echo "== compiling every kernel for every GPU in every configuration; this takes hours"
+	@echo "== compiling every kernel for every GPU in every configuration; this takes more than an hour"
 	$(BIN)/pytest -m exhaustive
 
 check: $(VENV)/.dev
