@@ -71,12 +71,15 @@ def launch_config(kernel, rows, columns, D, dtype, ids, arch, multiprocessors):
     # Two programs share a multiprocessor: one multiplies while the other exponentiates.
     light = half and block_d <= 128
     slots = (2 if light else 1) * multiprocessors
+    # A stage less frees registers of four warps.
+    stages = 2 if arch == "sm_90" and block_d == 128 and kernel in ("two_view", "bwd") else 3
+    large = half and not (ids and arch == "sm_100")
     options = {
         "BLOCK_M": 64 if half or hopper else 32,
         "BLOCK_N": 64 if half or kernel in ("two_view", "fwd") else 32,
         "BLOCK_D": block_d if whole else 32,
         "num_warps": 4 if arch.startswith("gfx") or (light and arch == "sm_90") else 8,
-        "num_stages": 3 if light and roomy else 2,
+        "num_stages": stages if light and roomy else 2,
         # Without, a score has the same bits forward and backward; "fixed_keys" has no backward.
         "enable_fp_fusion": kernel == "fixed_keys",
     }
@@ -84,13 +87,11 @@ def launch_config(kernel, rows, columns, D, dtype, ids, arch, multiprocessors):
         options |= _register_bound(arch)
     if kernel == "two_view":
         N = rows // 2
-        if half and roomy and (block_d != 256 or arch == "sm_90") and N >= 2048:
+        if large and roomy and (block_d != 256 or arch == "sm_90") and N >= 2048:
             options["BLOCK_N"] = 128
-        if ids and block_d == 128 and arch == "sm_90":
-            options["num_warps"] = 8
         return options, _blocks_per_group(2 * triton.cdiv(N, options["BLOCK_N"]), 2 * slots)
 
-    if kernel == "fwd" and half and hopper and rows >= 128 * multiprocessors:
+    if kernel == "fwd" and large and hopper and rows >= 128 * multiprocessors:
         options |= {"BLOCK_M": 128, "num_warps": 8}
     programs = triton.cdiv(rows, options["BLOCK_M"])
     # To compare ids, or to put float16 columns at unit length, takes registers too.
