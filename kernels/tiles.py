@@ -98,6 +98,8 @@ def launch_config(kernel, rows, columns, D, dtype, ids, arch, multiprocessors):
     crowded = ids or (dtype == torch.float16 and kernel == "bwd")
     if kernel != "fwd" and block_d >= 64 and crowded:
         options["BLOCK_N"] = 32
+        if kernel == "bwd" and not half and block_d <= 128 and arch == "sm_90":
+            options["num_warps"] = 4
     if kernel == "bwd":
         options["BLOCK_OUT"] = block_d if whole else min(block_d, 128)
         programs *= triton.cdiv(D, options["BLOCK_OUT"])
