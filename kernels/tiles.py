@@ -71,7 +71,7 @@ def launch_config(kernel, rows, columns, D, dtype, ids, arch, multiprocessors):
     # Two programs share a multiprocessor: one multiplies while the other exponentiates.
     light = half and block_d <= 128
     slots = (2 if light else 1) * multiprocessors
-    # A stage less frees registers of four warps.
+    # A stage less frees registers of four warps; so does a smaller tile where ids are compared.
     stages = 2 if arch == "sm_90" and block_d == 128 and kernel in ("two_view", "bwd") else 3
     large = half and not (ids and arch == "sm_100")
     options = {
