@@ -1,18 +1,16 @@
 """Fused losses for self-supervised learning, as drop-in PyTorch functions and modules."""
 
 from fastssl import functional, reference
-from fastssl.losses.clustering import SwaVLoss
-from fastssl.losses.contrastive import (
-    ClipLoss,
-    DCLLoss,
-    DCLWLoss,
-    InfoNCELoss,
-    NTXentLoss,
-    SigLipLoss,
-    SupConLoss,
-)
-from fastssl.losses.redundancy import BarlowTwinsLoss, VICRegLoss
-from fastssl.losses.regression import NegativeCosineSimilarity, SymNegCosineSimilarityLoss
+from fastssl.losses.barlow_twins import BarlowTwinsLoss
+from fastssl.losses.clip import ClipLoss
+from fastssl.losses.dcl import DCLLoss, DCLWLoss
+from fastssl.losses.info_nce import InfoNCELoss
+from fastssl.losses.negative_cosine import NegativeCosineSimilarity, SymNegCosineSimilarityLoss
+from fastssl.losses.nt_xent import NTXentLoss
+from fastssl.losses.siglip import SigLipLoss
+from fastssl.losses.supcon import SupConLoss
+from fastssl.losses.swav import SwaVLoss
+from fastssl.losses.vicreg import VICRegLoss
 from fastssl.memory_bank import MemoryBankModule, SampleMemoryBank
 from fastssl.patching import Patch, patch
 

@@ -1,17 +1,16 @@
 """The public loss functions."""
 
-from fastssl.losses.clustering import sinkhorn_knopp, swav
-from fastssl.losses.contrastive import (
-    clip,
-    dcl,
-    info_nce,
-    mises_fisher_weights,
-    nt_xent,
-    siglip,
-    supcon,
-)
-from fastssl.losses.redundancy import barlow_twins, vicreg
-from fastssl.losses.regression import negative_cosine_similarity
+from fastssl.losses.barlow_twins import barlow_twins
+from fastssl.losses.clip import clip
+from fastssl.losses.dcl import dcl, mises_fisher_weights
+from fastssl.losses.info_nce import info_nce
+from fastssl.losses.negative_cosine import negative_cosine_similarity
+from fastssl.losses.nt_xent import nt_xent
+from fastssl.losses.siglip import siglip
+from fastssl.losses.sinkhorn_knopp import sinkhorn_knopp
+from fastssl.losses.supcon import supcon
+from fastssl.losses.swav import swav
+from fastssl.losses.vicreg import vicreg
 
 __all__ = [
     "barlow_twins",

@@ -6,10 +6,14 @@ import sys
 from types import ModuleType, TracebackType
 
 from fastssl.checks import check_choice
-from fastssl.losses.clustering import SwaVLoss
-from fastssl.losses.contrastive import ClipLoss, DCLLoss, DCLWLoss, NTXentLoss, SigLipLoss
-from fastssl.losses.redundancy import BarlowTwinsLoss, VICRegLoss
-from fastssl.losses.regression import NegativeCosineSimilarity, SymNegCosineSimilarityLoss
+from fastssl.losses.barlow_twins import BarlowTwinsLoss
+from fastssl.losses.clip import ClipLoss
+from fastssl.losses.dcl import DCLLoss, DCLWLoss
+from fastssl.losses.negative_cosine import NegativeCosineSimilarity, SymNegCosineSimilarityLoss
+from fastssl.losses.nt_xent import NTXentLoss
+from fastssl.losses.siglip import SigLipLoss
+from fastssl.losses.swav import SwaVLoss
+from fastssl.losses.vicreg import VICRegLoss
 from fastssl.memory_bank import MemoryBankModule
 
 # Our class for each of a library's that it follows, by the name of its module there.

@@ -1,1 +1,1 @@
-"""The losses: a family a file."""
+"""The losses: one a file, function and Module side by side, and what several share."""
