@@ -17,6 +17,7 @@ from PIL import Image
 from torchvision import datasets
 
 from fastssl.trainer import Config, augment, data
+from fastssl.trainer.datasets import STATISTICS
 
 
 @pytest.fixture
@@ -353,9 +354,9 @@ def test_an_unknown_data_set_is_an_error():
         data.load("imagenet")
 
 
-@pytest.mark.parametrize("name", data.STATISTICS)
+@pytest.mark.parametrize("name", STATISTICS)
 def test_default_views_have_the_size_of_the_network(name):
-    channels = len(data.STATISTICS[name][0])
+    channels = len(STATISTICS[name][0])
     size = {"digits": 16, "mnist": 28, "fashion-mnist": 28, "stl10": 96}.get(name, 32)
     shape = (channels, 40, 50) if name == "folder" else (channels, size, size)
     image = torch.randint(0, 256, shape, dtype=torch.uint8)
@@ -423,9 +424,9 @@ def test_a_digit_of_which_all_shall_be_seen_is_moved_as_by_default():
         assert torch.equal(*views)
 
 
-@pytest.mark.parametrize("name", data.STATISTICS)
+@pytest.mark.parametrize("name", STATISTICS)
 def test_crops_have_the_size_that_was_asked(name):
-    channels = len(data.STATISTICS[name][0])
+    channels = len(STATISTICS[name][0])
     image = torch.randint(0, 256, (channels, 32, 40), dtype=torch.uint8)
     assert augment.default(name, 9, (0.1, 0.4))(image).shape == (channels, 9, 9)
 

@@ -1,12 +1,15 @@
 """The plan of the house: what imports what, what a bare import costs, and what the wheel holds."""
 
 import ast
+import graphlib
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,6 +35,18 @@ MAY_IMPORT = {
     "streaming": {"streaming"},
 }
 VERIFY_ALONE_USES_REFERENCE = {"trainer/verify.py", "__init__.py"}
+# From the ground up: each file or folder imports from the floors below its own.
+FLOORS_OF_TRAINER = (
+    ("checkpoint", "datasets", "environment", "parallel"),
+    ("data", "networks"),
+    ("augment",),
+    ("methods",),
+    ("config",),
+    ("evaluate", "optim"),
+    ("loop", "report"),
+    ("reproduce", "verify"),
+    ("experiments",),
+)
 
 
 def sources() -> list[Path]:
@@ -47,9 +62,23 @@ def part_of(source: Path) -> str:
     return inside[0].removesuffix(".py")
 
 
+def module_of(source: Path) -> str:
+    inside = source.relative_to(ROOT).with_suffix("").parts
+    inside = inside[1:] if inside[0] == "fastssl" else inside
+    return ".".join(["fastssl", *inside]).removesuffix(".__init__")
+
+
+def nodes_of(tree: ast.AST) -> Iterator[ast.AST]:
+    """All that runs: what is imported for types alone is no import."""
+    for node in ast.iter_child_nodes(tree):
+        if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            yield node
+            yield from nodes_of(node)
+
+
 def imported_modules(source: Path) -> set[str]:
     names: set[str] = set()
-    for node in ast.walk(ast.parse(source.read_text())):
+    for node in nodes_of(ast.parse(source.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -68,6 +97,31 @@ def test_imports_run_downwards(source: Path) -> None:
     assert own <= MAY_IMPORT[part], f"{part} must not import {own - MAY_IMPORT[part]}"
     if "reference" in own:
         assert str(source.relative_to(ROOT / "fastssl")) in VERIFY_ALONE_USES_REFERENCE
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    modules = {module_of(source): source for source in sources()}
+    graph = {}
+    for module, source in modules.items():
+        names = imported_modules(source)
+        found = {name if name in modules else name.rpartition(".")[0] for name in names}
+        graph[module] = found & modules.keys() - {module}
+    assert tuple(graphlib.TopologicalSorter(graph).static_order())  # or CycleError, which names it
+    assert {"fastssl.trainer.config", "fastssl.kernels.gpu"} <= set(
+        itertools.chain(*graph.values())
+    )
+
+
+def test_the_trainer_imports_downwards() -> None:
+    floor = {name: i for i, names in enumerate(FLOORS_OF_TRAINER) for name in names}
+    files = (ROOT / "fastssl/trainer").rglob("*.py")
+    parts = {path: module_of(path).split(".")[2:3] for path in files}
+    assert {part[0] for part in parts.values() if part} == floor.keys()
+    for source, part in parts.items():
+        for name in imported_modules(source):
+            _, *inside = name.split(".")
+            if inside[:1] == ["trainer"] and inside[1:2] != part:
+                assert floor[inside[1]] < floor[part[0]], f"{source} must not import {name}"
 
 
 def run_python(code: str, **options) -> str:

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, Sampler
 from torchvision.transforms import v2
 
 from fastssl.trainer.data import Item
-from fastssl.trainer.methods.base import GREY
+from fastssl.trainer.datasets import GREY
 from fastssl.trainer.networks import SMALL
 
 Key = tuple[int, int]  # epoch, index

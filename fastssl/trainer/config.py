@@ -13,8 +13,8 @@ import yaml
 
 from fastssl.ops.backend import BACKENDS
 from fastssl.trainer import checkpoint
+from fastssl.trainer.datasets import GREY
 from fastssl.trainer.methods import METHODS
-from fastssl.trainer.methods.base import GREY
 from fastssl.trainer.networks import BACKBONES, HEAD_NORMS
 
 PRESETS = Path(__file__).parent / "presets"

@@ -12,9 +12,6 @@ if TYPE_CHECKING:
     from fastssl.trainer.config import Config
 
 
-GREY = ("digits", "mnist", "fashion-mnist")  # data sets whose images have one channel
-
-
 class Method(nn.Module):
     """A pretraining method. What is below suits most; a method overrides what it needs."""
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import NegativeCosineSimilarity
-from fastssl.trainer.methods.base import GREY, Method
+from fastssl.trainer.datasets import GREY
+from fastssl.trainer.methods.base import Method
 from fastssl.trainer.methods.ema import follow, frozen_copy
 from fastssl.trainer.networks import ProjectionHead
 

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastssl.trainer.methods.base import GREY, Method
+from fastssl.trainer.datasets import GREY
+from fastssl.trainer.methods.base import Method
 from fastssl.trainer.networks import ProjectionHead
 
 if TYPE_CHECKING:

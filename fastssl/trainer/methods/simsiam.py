@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fastssl import NegativeCosineSimilarity
-from fastssl.trainer.methods.base import GREY, Method
+from fastssl.trainer.datasets import GREY
+from fastssl.trainer.methods.base import Method
 from fastssl.trainer.networks import ProjectionHead
 
 if TYPE_CHECKING:
