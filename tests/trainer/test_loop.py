@@ -14,16 +14,13 @@ import time
 import numpy as np
 import pytest
 import torch
-import yaml
 
 pytest.importorskip("torchvision")
-import torchvision
 from PIL import Image
 
-from fastssl.trainer import Config, checkpoint, data, load_backbone, loop, networks, optim, pretrain
-from fastssl.trainer.config import METHOD_OPTIONS, presets, read_options
+from fastssl.trainer import Config, checkpoint, data, load_backbone, loop, networks, pretrain
+from fastssl.trainer.config import read_options
 from fastssl.trainer.methods import METHODS
-from fastssl.trainer.methods.base import Method
 
 TIMES = ("seconds", "images_per_second", "loss_share")
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -46,26 +43,6 @@ SMALL = {
     "jigsaw": {"projection_hidden": 64, "projection_dim": 16, "permutations": 4},
     "relative-patch": {"projection_hidden": 64, "projection_dim": 16},
 }
-
-
-@pytest.fixture
-def tiny(mnist, tmp_path):
-    """Options of a run of 3 epochs of 4 steps."""
-
-    def options(**changes):
-        small = {
-            "dataset": "mnist",
-            "data_dir": str(mnist),
-            "epochs": 3,
-            "batch_size": 8,
-            "workers": 0,
-            "knn_every": 2,
-            "device": "cpu",
-            "out": str(tmp_path / "run"),
-        }
-        return {**small, **changes}
-
-    return options
 
 
 @pytest.fixture
@@ -346,11 +323,6 @@ def test_a_signal_in_the_last_step_ends_as_an_interruption(tiny, at_step, capsys
     assert pretrain(Config(**tiny()), resume=True).complete
 
 
-def test_options_that_are_no_config_are_named():
-    with pytest.raises(TypeError, match="config must be a Config, got dict"):
-        pretrain({"epochs": 1})
-
-
 def test_float16_is_refused_on_a_cpu(tiny):
     with pytest.raises(ValueError, match="precision must be float32 or bfloat16 on a CPU"):
         pretrain(Config(**tiny(precision="float16")))
@@ -481,187 +453,6 @@ def test_a_gradient_that_overflows_float16_lowers_the_scale_and_training_goes_on
     assert run.complete
     assert trainer.scaler.get_scale() == scale / 2
     assert not torch.equal(trainer.backbone[0].weight, before)
-
-
-def test_schedule_rises_and_falls():
-    factors = [optim.schedule(step, 100, 10) for step in range(100)]
-    assert factors[0] == 0.1
-    assert factors[9] == factors[10] == 1.0
-    assert factors[:10] == sorted(factors[:10])
-    assert factors[10:] == sorted(factors[10:], reverse=True)
-    assert factors[55] == pytest.approx(0.5)
-    assert 0 < factors[-1] < 1e-3
-    assert optim.schedule(0, 1, 0) == 1.0
-
-
-@pytest.mark.parametrize("preset", presets())
-def test_a_preset_is_a_config_of_its_own_method(preset):
-    options = read_options(preset)
-    assert preset.startswith(options["method"])
-    config = Config.from_dict(options).resolved()
-    assert {name: getattr(config, name) for name in options} == options
-
-
-def test_vectors_and_chosen_networks_have_learning_rates_of_their_own(tiny, monkeypatch):
-    class Constant(METHODS["simclr"]):
-        constant_lr = ("head",)
-
-    monkeypatch.setitem(METHODS, "simclr", Constant)
-    trainer = loop.Trainer(Config(**tiny(optimizer="lars", lr=0.5, vector_lr_scale=0.1)))
-    trainer.run()
-    head = {id(p) for p in trainer.method.head.parameters()}
-    seen = set()
-    for group in trainer.optimizer.param_groups:
-        for p in group["params"]:
-            peak = 0.5 if p.ndim > 1 else 0.05
-            assert (group["lr"] == peak) == (id(p) in head)
-            assert group["lr"] <= peak
-            seen.add(id(p))
-    assert seen == {id(p) for p in trainer.method.parameters()}
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lars"])
-def test_only_matrices_decay(optimizer):
-    module = Method()
-    module.layers = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
-    built = optim.build(module, Config(optimizer=optimizer, lr=0.1, weight_decay=0.5).resolved())
-    decayed = [p for group in built.param_groups if group["weight_decay"] for p in group["params"]]
-    assert [id(p) for p in decayed] == [id(module.layers[0].weight)]
-    assert sum(len(group["params"]) for group in built.param_groups) == 4
-    # A zero gradient moves matrices alone.
-    before = [p.clone() for p in module.parameters()]
-    for parameter in module.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    built.step()
-    moved = [not torch.equal(a, b) for a, b in zip(module.parameters(), before, strict=True)]
-    assert moved == [True, False, False, False]
-
-
-@pytest.mark.parametrize("name", [name for name in networks.BACKBONES if name != "cnn"])
-def test_resnets_keep_torchvisions_names_and_shapes(name):
-    original = getattr(torchvision.models, name)().state_dict()
-    ours = networks.build_backbone(name, 3, 224).state_dict()
-    assert {k: v.shape for k, v in ours.items()} == {
-        k: v.shape for k, v in original.items() if not k.startswith("fc.")
-    }
-
-
-def test_resnets_keep_the_resolution_of_small_images():
-    for size, side in ((32, 4), (224, 7)):
-        backbone = networks.build_backbone("resnet18", 3, size).eval()
-        seen = []
-        backbone.avgpool.register_forward_hook(lambda *a, seen=seen: seen.append(a[1][0].shape))
-        features = backbone(torch.rand(1, 3, size, size))
-        assert features.shape == (1, backbone.out_features)
-        assert seen[0][-1] == side
-
-
-@pytest.mark.parametrize(("name", "channels", "size"), [("cnn", 1, 16), ("resnet18", 1, 96)])
-def test_an_exported_backbone_computes_the_same(tmp_path, name, channels, size):
-    backbone = networks.build_backbone(name, channels, size)
-    images = torch.rand(4, channels, size, size)
-    backbone(images)  # moves the running statistics
-    path = tmp_path / "backbone.safetensors"
-    about = {"architecture": name, "channels": channels, "size": size}
-    networks.export_backbone(path, backbone, **about, mean=(0.5,), std=(0.25,))
-    loaded = load_backbone(tmp_path)
-    assert not loaded.training
-    assert loaded.about == {**about, "mean": [0.5], "std": [0.25]}
-    with torch.no_grad():
-        assert torch.equal(loaded(images), backbone.eval()(images))
-    written = {path.read_bytes()}
-    for _ in range(9):
-        networks.export_backbone(path, backbone, **about, mean=(0.5,), std=(0.25,))
-        written.add(path.read_bytes())
-    assert len(written) == 1
-    path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(ValueError, match="truncated or not a safetensors file"):
-        load_backbone(path)
-    with pytest.raises(ValueError, match=r"found no .*nowhere"):
-        load_backbone(tmp_path / "nowhere")
-
-
-def test_options_survive_a_file(tmp_path):
-    config = Config(dataset="cifar10", lr=0.3, optimizer="lars")
-    config.save(tmp_path / "options.yaml")
-    assert Config.from_dict(read_options(tmp_path / "options.yaml")) == config
-
-
-def test_every_data_set_has_a_complete_recipe():
-    for name in ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "stl10", "folder"):
-        for method, made in METHODS.items():
-            config = Config(dataset=name, method=method).resolved()
-            missing = {k for k, v in vars(config).items() if v is None}
-            assert missing == {"image_size", "workers", *METHOD_OPTIONS} - made.defaults.keys()
-            assert config.resolved() == config
-
-
-def test_learning_rate_follows_the_batch_for_sgd_and_lars():
-    for optimizer in ("sgd", "lars"):
-        small, large = (
-            Config(optimizer=optimizer, batch_size=batch_size).resolved().lr
-            for batch_size in (256, 1024)
-        )
-        assert large == 4 * small
-
-
-def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path):
-    (tmp_path / "options.yaml").write_text("lr: 1e-3\n")
-    options = read_options(tmp_path / "options.yaml")
-    assert options == yaml.safe_load("lr: '1e-3'")  # what makes this test necessary
-    assert Config.from_dict(options).lr == 0.001
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"method": "simcrl"}, r"method cannot be 'simcrl'; did you mean 'simclr'\?"),
-        ({"dataset": "cifar"}, r"dataset cannot be 'cifar'; did you mean 'cifar10'\? .*digits"),
-        ({"backbone": "vgg"}, r"backbone cannot be 'vgg'.*accepted: cnn, resnet18"),
-        ({"optimizer": "adam"}, r"optimizer cannot be 'adam'; did you mean 'adamw'"),
-        ({"precision": "fp8"}, r"precision cannot be 'fp8'.*bfloat16"),
-        ({"backend": "cuda"}, r"backend cannot be 'cuda'.*auto, triton, torch"),
-        ({"epochs": 0}, "epochs must be at least 1 and finite, got 0"),
-        ({"epochs": 2.5}, "epochs must be a whole number, got 2.5"),
-        ({"epochs": True}, "epochs must be a whole number, got True"),
-        ({"batch_size": 1}, "batch_size must be at least 2 and finite, got 1"),
-        ({"temperature": 0}, "temperature must be a finite number above 0, got 0"),
-        ({"temperature": math.nan}, "temperature must be a finite number above 0, got nan"),
-        ({"temperature": "warm"}, "temperature must be a number, got 'warm'"),
-        (
-            {"method": "barlow", "temperature": 0.1},
-            r"temperature is for method 'simclr', .*'pirl' or 'swav' only, got 0.1 with .*'barlow'",
-        ),
-        (
-            {"lambda_param": 0.1},
-            "lambda_param is for method 'pirl', 'barlow' or 'vicreg' only, got 0.1",
-        ),
-        ({"method": "vicreg", "nu_param": -1}, "nu_param must be at least 0 and finite, got -1"),
-        ({"prototypes": 9}, "prototypes is for method 'swav' only, got 9 with method 'simclr'"),
-        ({"method": "swav", "prototypes": 1}, "prototypes must be at least 2 and finite, got 1"),
-        ({"method": "swav", "epsilon": 0}, "epsilon must be a finite number above 0, got 0"),
-        ({"method": "swav", "queue_length": -1}, "queue_length must be at least 0 .* got -1"),
-        ({"method": "swav", "local_size": 3}, "local_size must be at least 4 and finite, got 3"),
-        (
-            {"method": "swav", "local_scale_min": 0.5, "local_scale_max": 0.4},
-            r"local_scale_min must be at most local_scale_max \(0.4\), got 0.5",
-        ),
-        (
-            {"method": "swav", "global_scale_min": 1.5},
-            "global_scale_min must be a share of the area, above 0 to 1, got 1.5",
-        ),
-        ({"lr": math.inf}, "lr must be at least 0 and finite, got inf"),
-        ({"weight_decay": -1}, "weight_decay must be at least 0 and finite, got -1"),
-        ({"seed": 2**64}, r"seed must be less than 2\^64, got 18446744073709551616"),
-        ({"out": 3}, "out must be a string, got 3"),
-        ({"image_size": 32}, "image_size is for dataset 'folder' only, got 32"),
-        ({"epochs": 5, "warmup_epochs": 5}, r"warmup_epochs must be less than epochs \(5\), got 5"),
-        ({"epoch": 5}, r"unknown option 'epoch'; did you mean 'epochs'\?"),
-    ],
-)
-def test_a_bad_option_says_what_is_accepted(options, message):
-    with pytest.raises(ValueError, match=message):
-        Config.from_dict(options)
 
 
 def test_a_device_this_machine_lacks_is_an_error(tiny):

@@ -20,12 +20,6 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 1e-2}  # of the largest entry
 
 
-@pytest.fixture
-def multiprocessors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(gpu, "target", lambda device: ("interpreter", request.param))
-    return request.param
-
-
 def assert_close(got: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
     assert got.shape == exact.shape
     assert (got.double() - exact).abs().max() <= TOLERANCE[dtype] * exact.abs().max()

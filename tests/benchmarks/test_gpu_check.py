@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu_check.sh"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_check.sh"
 
 # Runs nothing: memcheck finds nothing, initcheck an error, and racecheck's process ends too early.
 SANITIZER = """#!/bin/sh

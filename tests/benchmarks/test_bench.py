@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastssl import cli, functional
 from fastssl.benchmarks import cases, measure, plot, report
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NOT_LOSSES = {"mises_fisher_weights"}
 PRIMITIVES = {"similarity_lse", "cross_energy", "soft_cross_entropy"}
 

@@ -18,12 +18,6 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3}  # of the largest entry
 
 
-@pytest.fixture
-def multiprocessors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(gpu, "target", lambda device: ("interpreter", request.param))
-    return request.param
-
-
 def softplus(x: Tensor) -> Tensor:
     """Torch's own has no gradient at 1e4 unless it rounds from 20 on."""
     return torch.logaddexp(x, torch.zeros_like(x))
