@@ -48,7 +48,9 @@ part() {
 pytest=("$python" -m pytest -q -rf -p no:cacheprovider)
 # Most of a kernel's first call is compiling it, on one core: processes share that work, and through the
 # disk its results with the parts that follow.
-together=("${pytest[@]}" --numprocesses "$(nproc)")
+workers=$(nproc)
+[ "${SIZE:-}" != tiny ] || workers=0
+together=("${pytest[@]}" --numprocesses "$workers")
 
 bench() { # NAME LIMIT DTYPE SIZES [OPTION ...]
     part "benchmarks-$1" "$2" yes "${pytest[@]}" benchmarks \
@@ -64,7 +66,7 @@ types=(bfloat16 float32)
 sizes=key
 compiled=fastssl,compiled
 if [ "${SIZE:-}" = tiny ]; then
-    tests=(--numprocesses 0 tests/losses/test_nt_xent.py -k test_two_samples_by_hand)
+    tests=(tests/losses/test_nt_xent.py -k test_two_samples_by_hand)
     types=(float32)
     sizes=tiny
     compiled=fastssl

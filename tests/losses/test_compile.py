@@ -23,21 +23,21 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LOSSES)
 @config.patch(force_disable_caches=True)  # they would hide a wrong fake
-def test_column_major_rows(name: str) -> None:
+def test_column_major_rows() -> None:
     """Where an operator's result lies otherwise than its fake says, the graph stops."""
     torch.compiler.reset()  # what other tests compiled counts against the limit of recompilations
-    loss = LOSSES[name]
 
-    def step(weight: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        return loss((weight @ x).T, (weight @ y).T)
+    def every(weights: list[Tensor], x: Tensor, y: Tensor) -> list[Tensor]:
+        rows = [((weight @ x).T, (weight @ y).T) for weight in weights]
+        return [loss(*each) for loss, each in zip(LOSSES.values(), rows, strict=True)]
 
-    weight, x, y = torch.randn(12, 8), torch.randn(8, 24), torch.randn(8, 24)
-    found = []
-    for function in (step, torch.compile(step, fullgraph=True)):
-        leaf = weight.clone().requires_grad_()
-        value = function(leaf, x, y)
-        value.backward()
-        found.append((value.detach(), leaf.grad))
-    torch.testing.assert_close(found[1], found[0])
+    weights = [torch.randn(12, 8) for _ in LOSSES]
+    x, y = torch.randn(2, 8, 24)
+    results = []
+    for function in (every, torch.compile(every, fullgraph=True)):
+        leaves = [weight.clone().requires_grad_() for weight in weights]
+        values = function(leaves, x, y)
+        results.append([*values, *torch.autograd.grad(sum(values), leaves)])
+    for name, *pair in zip([*LOSSES, *LOSSES], *results, strict=True):
+        torch.testing.assert_close(*pair, msg=lambda text, name=name: f"{name}: {text}")

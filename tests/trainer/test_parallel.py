@@ -129,12 +129,12 @@ def test_a_run_goes_on_in_one_process_and_in_two_again(
     assert len(events) == 3  # one for each time
 
 
-def test_a_batch_that_does_not_divide_is_an_error(tmp_path: Path) -> None:
-    wrong = {**options("simclr", tmp_path), "batch_size": 15}
-    with pytest.raises(multiprocessing.ProcessRaisedException, match=r"multiple of .* 2, got 15"):
-        multiprocessing.spawn(
-            processes.run, (RANKS, get_free_port(), tmp_path, {"wrong": wrong}), nprocs=RANKS
-        )
+def test_a_batch_that_does_not_divide_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "world_size", lambda: RANKS)
+    with pytest.raises(ValueError, match=r"multiple of .* 2, got 15"):
+        loop.Trainer(Config(**options("simclr", tmp_path) | {"batch_size": 15}))
 
 
 def test_whole_batch_norm_is_batch_norm_without_other_processes() -> None:

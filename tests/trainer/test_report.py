@@ -262,9 +262,10 @@ def test_one_epoch_and_one_number_of_labels_stand_in_the_middle(
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_has_a_report(tmp_path: Path, method: str) -> None:
-    run = make_run(tmp_path / "run", "history", method=method)
+    run = make_run(tmp_path / "run", method=method)
     page = Page(report.write_report(run).read_text())
     assert page.open == []
+    assert page.images  # its views
     said = "Pretraining also saw its label" if METHODS[method].labelled else "never saw a label"
     assert said in page.text
 
