@@ -93,7 +93,6 @@ def sinkhorn_knopp(
 
 def _unrolled(scores: Tensor, epsilon: float, iterations: int, ranks: Ranks | None) -> Tensor:
     """Codes with their gradient, in PyTorch on logarithms."""
-    B, K = sum(ranks.sizes) if ranks else len(scores), scores.shape[1]
     dtype = scores.dtype
 
     def over_samples(x: Tensor) -> Tensor:
@@ -111,6 +110,8 @@ def _unrolled(scores: Tensor, epsilon: float, iterations: int, ranks: Ranks | No
         log_codes = (scores - top) / epsilon
         log_codes = log_codes - over_samples(log_codes).logsumexp(0)
         for _ in range(iterations):
-            log_codes = log_codes - over_samples(log_codes) - math.log(K)
-            log_codes = log_codes - log_codes.logsumexp(1, keepdim=True) - math.log(B)
-        return (log_codes + math.log(B)).exp().to(dtype)
+            log_codes = log_codes - over_samples(log_codes)
+            log_codes = log_codes - log_codes.logsumexp(1, keepdim=True)
+        if not iterations:
+            return (log_codes.exp() * (sum(ranks.sizes) if ranks else scores.shape[0])).to(dtype)
+        return log_codes.exp().to(dtype)

@@ -76,7 +76,7 @@ def _fixed_keys_lse_bwd(
 def _fixed_keys_lse_fake(
     q: Tensor, k: Tensor, scale: Tensor, row_ids: object, col_ids: object, gradients: bool, _: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    lse = scale.new_empty(len(q))
+    lse = scale.new_empty(q.shape[0])
     if gradients:
         return lse, q.new_empty(q.shape), torch.empty_like(lse)
     return lse, scale.new_empty(0, 0), scale.new_empty(0)

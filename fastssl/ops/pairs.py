@@ -99,8 +99,8 @@ def _pair_lse_fake(
     normalize: bool,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    m, n = len(q), len(k) if columns else 0
-    rnorms = (scale.new_empty(len(x) if normalize else 0) for x in (q, k))
+    m, n = q.shape[0], k.shape[0] if columns else 0
+    rnorms = (scale.new_empty(x.shape[0] if normalize else 0) for x in (q, k))
     return (*(scale.new_empty(count) for count in (m, n, m, m, n, n)), *rnorms)
 
 

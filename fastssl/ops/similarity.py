@@ -146,15 +146,15 @@ def _class_lse_bwd(
 def _similarity_lse_fake(
     q: Tensor, k: Tensor, scale: Tensor, row_ids: object, col_ids: object, normalize: bool, _: str
 ) -> tuple[Tensor, ...]:
-    rnorms = (scale.new_empty(len(x) if normalize else 0) for x in (q, k))
-    return (*(scale.new_empty(len(q)) for _ in range(3)), *rnorms)
+    rnorms = (scale.new_empty(x.shape[0] if normalize else 0) for x in (q, k))
+    return (*(scale.new_empty(q.shape[0]) for _ in range(3)), *rnorms)
 
 
 @_class_lse.register_fake
 def _class_lse_fake(
     z: Tensor, scale: Tensor, classes: object, weights: object, backend: str
 ) -> tuple[Tensor, ...]:
-    return tuple(scale.new_empty(len(z)) for _ in range(4))
+    return tuple(scale.new_empty(z.shape[0]) for _ in range(4))
 
 
 connect(_similarity_lse, _similarity_lse_bwd, outputs=1, differentiable=3, tensors=5)

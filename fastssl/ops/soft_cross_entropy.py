@@ -59,7 +59,7 @@ def _soft_cross_entropy_fake(
     logits: Tensor, targets: Tensor, temperature: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    loss, top, total = (logits.new_empty(len(logits), dtype=dtype) for _ in range(3))
+    loss, top, total = (logits.new_empty(logits.shape[0], dtype=dtype) for _ in range(3))
     return loss, top, total
 
 

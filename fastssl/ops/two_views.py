@@ -69,8 +69,8 @@ def _two_view_lse_bwd(
 def _two_view_lse_fake(
     z0: Tensor, z1: Tensor, scale: Tensor, ids: object, backend: str
 ) -> tuple[Tensor, ...]:
-    rows = 2 * len(z0)
-    kept = rows if backend == "torch" and rows <= TILE else 0
+    rows = 2 * z0.shape[0]
+    kept = torch.sym_min(rows, TILE) if backend == "torch" else 0  # no branch on a size
     return (*(scale.new_empty(rows) for _ in range(4)), scale.new_empty(kept, kept))
 
 

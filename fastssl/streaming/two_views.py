@@ -38,14 +38,15 @@ def two_view_lse_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return lse less the row's positive, its top and total, and the inverse lengths, all [2N].
 
-    Last comes exp(x - top) [2N, 2N] where one tile holds it, else an empty tensor.
+    Last comes exp(x - top) [2N, 2N] where one tile holds it, else a tile of no meaning: a compiled
+    graph for any number of rows must know its size without a branch.
     """
     if 2 * len(z0) <= TILE:
         return _one_tile_fwd(z0, z1, scale, ids)
     rnorm = torch.cat([rnorm_of(z0), rnorm_of(z1)])
     blocks = blocks_of([z0, z1], rnorm * scale.sqrt(), _twice(ids))
     sums, _, pairs = sums_of(blocks, None, is_unshifted(scale, z0, z1, True), first=len(z0))
-    return sums.lse(pairs.repeat(2)), *sums, rnorm, scale.new_empty(0, 0)
+    return sums.lse(pairs.repeat(2)), *sums, rnorm, scale.new_empty(TILE, TILE)
 
 
 def two_view_lse_bwd(
@@ -61,7 +62,7 @@ def two_view_lse_bwd(
     needs: Sequence[bool],
 ) -> Gradients:
     """Return the gradients of z0, z1 and scale, each where ``needs`` asks for it."""
-    if len(tile):
+    if 2 * len(z0) <= TILE:
         return _one_tile_bwd(dlse, z0, z1, scale, total, rnorm, tile, needs)
     need_0, need_1, need_scale = needs
     dz0 = fresh_like(z0, top.dtype) if need_0 or need_scale else None
