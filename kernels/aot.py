@@ -83,7 +83,7 @@ class Similarity(NamedTuple):
         needs = (True, True, True)
         if self.launchers == "two_view":
             two_views.two_view_lse_fwd(x, x, scale, ids)
-            two_views.two_view_lse_bwd(both, x, x, scale, ids, both, both, both, None, needs)
+            two_views.two_view_lse_bwd(both, x, x, scale, ids, both, both, both, needs)
         elif self.launchers == "class":
             classes = torch.empty(self.rows, dtype=torch.int64)
             similarity.class_lse_fwd(x, scale, classes, None)

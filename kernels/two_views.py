@@ -210,8 +210,7 @@ def two_view_lse_fwd(z0, z1, scale, ids):
         ids: [N] integers or None: which samples are the same.
 
     Returns:
-        lse, the maximum and sum it is made of, and rnorm = 1 / |z|, each [2N] float32; and an empty
-        tensor, where the torch backend may keep a tile.
+        lse, the maximum and sum it is made of, and rnorm = 1 / |z|, each [2N] float32.
     """
     (N, D), device = z0.shape, z0.device
     ids = None if ids is None else ids.contiguous()
@@ -241,10 +240,10 @@ def two_view_lse_fwd(z0, z1, scale, ids):
             **options,
         )
         stats = finish_lse(parts, scale, positive, shifted=False)
-    return *stats, rnorm, rnorm.new_empty(0, 0)
+    return *stats, rnorm
 
 
-def two_view_lse_bwd(dlse, z0, z1, scale, ids, top, total, rnorm, tile, needs):
+def two_view_lse_bwd(dlse, z0, z1, scale, ids, top, total, rnorm, needs):
     """Gradients of ``two_view_lse_fwd``.
 
     Args:
@@ -256,7 +255,6 @@ def two_view_lse_bwd(dlse, z0, z1, scale, ids, top, total, rnorm, tile, needs):
         top: [2N] float32, from the forward pass, like total and rnorm.
         total: [2N] float32.
         rnorm: [2N] float32.
-        tile: empty; nothing is kept here.
         needs: which of dz0, dz1, dscale to compute.
 
     Returns:

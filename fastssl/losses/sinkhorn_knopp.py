@@ -1,7 +1,5 @@
 """Codes of SwAV: samples assigned to prototypes that are all used alike."""
 
-import math
-
 import torch
 from torch import Tensor
 from torch import distributed as dist

@@ -39,7 +39,7 @@ def two_view_lse(
 @torch.library.custom_op("fastssl::two_view_lse", mutates_args=())
 def _two_view_lse(
     z0: Tensor, z1: Tensor, scale: Tensor, ids: Tensor | None, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast(z0.device.type, enabled=False):
         return launchers(backend, "two_views").two_view_lse_fwd(z0, z1, scale, ids)
 
@@ -53,14 +53,13 @@ def _two_view_lse_bwd(
     ids: Tensor | None,
     top: Tensor,
     total: Tensor,
-    rnorm: Tensor,
-    tile: Tensor,
+    kept: Tensor,
     needs: list[bool],
     backend: str,
 ) -> list[Tensor]:
     with torch.autocast(z0.device.type, enabled=False):
         grads = launchers(backend, "two_views").two_view_lse_bwd(
-            dlse, z0, z1, scale, ids, top, total, rnorm, tile, needs
+            dlse, z0, z1, scale, ids, top, total, kept, needs
         )
     return [grad for grad in grads if grad is not None]
 
@@ -70,8 +69,9 @@ def _two_view_lse_fake(
     z0: Tensor, z1: Tensor, scale: Tensor, ids: object, backend: str
 ) -> tuple[Tensor, ...]:
     rows = 2 * z0.shape[0]
-    kept = torch.sym_min(rows, TILE) if backend == "torch" else 0  # no branch on a size
-    return (*(scale.new_empty(rows) for _ in range(4)), scale.new_empty(kept, kept))
+    # A tile where it holds all rows, without a branch, which would make a graph for either case.
+    tile = torch.sym_min(1, TILE // rows) * rows * rows if backend == "torch" else 0
+    return (*(scale.new_empty(rows) for _ in range(3)), scale.new_empty(rows + tile))
 
 
 connect(_two_view_lse, _two_view_lse_bwd, outputs=1, differentiable=3, tensors=4)

@@ -35,18 +35,17 @@ from fastssl.streaming.tiles import (
 
 def two_view_lse_fwd(
     z0: Tensor, z1: Tensor, scale: Tensor, ids: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return lse less the row's positive, its top and total, and the inverse lengths, all [2N].
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return lse less the row's positive, its top and total, and what is kept, all [2N].
 
-    Last comes exp(x - top) [2N, 2N] where one tile holds it, else a tile of no meaning: a compiled
-    graph for any number of rows must know its size without a branch.
+    That is the inverse lengths, after which come the exp(x - top) of all where one tile holds them.
     """
     if 2 * len(z0) <= TILE:
         return _one_tile_fwd(z0, z1, scale, ids)
     rnorm = torch.cat([rnorm_of(z0), rnorm_of(z1)])
     blocks = blocks_of([z0, z1], rnorm * scale.sqrt(), _twice(ids))
     sums, _, pairs = sums_of(blocks, None, is_unshifted(scale, z0, z1, True), first=len(z0))
-    return sums.lse(pairs.repeat(2)), *sums, rnorm, scale.new_empty(TILE, TILE)
+    return sums.lse(pairs.repeat(2)), *sums, rnorm
 
 
 def two_view_lse_bwd(
@@ -57,13 +56,13 @@ def two_view_lse_bwd(
     ids: Tensor | None,
     top: Tensor,
     total: Tensor,
-    rnorm: Tensor,
-    tile: Tensor,
+    kept: Tensor,
     needs: Sequence[bool],
 ) -> Gradients:
     """Return the gradients of z0, z1 and scale, each where ``needs`` asks for it."""
-    if 2 * len(z0) <= TILE:
-        return _one_tile_bwd(dlse, z0, z1, scale, total, rnorm, tile, needs)
+    rnorm, tile = kept[: len(top)], kept[len(top) :]
+    if len(tile):
+        return _one_tile_bwd(dlse, z0, z1, scale, total, rnorm, tile.view(-1, len(top)), needs)
     need_0, need_1, need_scale = needs
     dz0 = fresh_like(z0, top.dtype) if need_0 or need_scale else None
     dz1 = fresh_like(z1, top.dtype) if need_1 or need_scale else None
@@ -78,11 +77,13 @@ def two_view_lse_bwd(
 
 def _one_tile_fwd(
     z0: Tensor, z1: Tensor, scale: Tensor, ids: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, z = len(z0), torch.cat([z0, z1])
     rnorm = rnorm_of(z)
+    kept = rnorm.new_empty(2 * n + 4 * n * n)
+    kept[: 2 * n] = rnorm
     rows = z * (rnorm * scale.sqrt())[:, None]
-    scores = rows @ rows.T
+    scores = torch.mm(rows, rows.T, out=kept[2 * n :].view(2 * n, 2 * n))
     positive = scores.diagonal(n).repeat(2)
     if ids is not None:
         ids = ids.repeat(2)
@@ -96,7 +97,7 @@ def _one_tile_fwd(
         top = scores.amax(1)
         scores -= top.masked_fill(top == -torch.inf, 0)[:, None]
     total = exp_(scores).sum(1)
-    return (top - positive) + total.log(), top, total, rnorm, scores
+    return (top - positive) + total.log(), top, total, kept
 
 
 def _one_tile_bwd(
