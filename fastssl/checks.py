@@ -43,7 +43,7 @@ def check_embeddings(
 
 
 def check_views(*, rows: int = 1, positions: bool = False, **views: Tensor) -> None:
-    """Accept floating-point matrices that agree in shape, dtype and device and are not empty.
+    """Accept floating-point matrices that agree in shape and device and are not empty.
 
     Args:
         rows: How many rows each must have; more than one where statistics are taken over them.
@@ -51,7 +51,7 @@ def check_views(*, rows: int = 1, positions: bool = False, **views: Tensor) -> N
         views: Two tensors by their arguments' names.
 
     Raises:
-        TypeError: One is not a tensor, or not of a supported dtype, or the dtypes differ.
+        TypeError: One is not a tensor, or not of a supported dtype.
         ValueError: Shapes or devices do not fit.
     """
     for name, z in views.items():
@@ -65,8 +65,6 @@ def check_views(*, rows: int = 1, positions: bool = False, **views: Tensor) -> N
     both = f"{name_a} and {name_b} must"
     if a.shape != b.shape:
         raise ValueError(f"{both} have equal shapes, got {tuple(a.shape)} and {tuple(b.shape)}")
-    if a.dtype != b.dtype:
-        raise TypeError(f"{both} have the same dtype, got {_name(a.dtype)} and {_name(b.dtype)}")
     if a.device != b.device:
         raise ValueError(f"{both} be on the same device, got {a.device} and {b.device}")
 
@@ -83,13 +81,8 @@ def check_ranks(name: str, z: Tensor, gather: bool, group: Group) -> Ranks | Non
     return ranks_of(z, group, name) if gather and isinstance(z, Tensor) else None
 
 
-def check_like(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    """Accept a tensor of another's dtype and device."""
-    if x.dtype != other.dtype:
-        raise TypeError(
-            f"{name} must have the dtype of {other_name}, {_name(other.dtype)}, "
-            f"got {_name(x.dtype)}"
-        )
+def check_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """Accept a tensor on another's device."""
     if x.device != other.device:
         raise ValueError(
             f"{name} must be on the device of {other_name}, {other.device}, got {x.device}"

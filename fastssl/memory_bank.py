@@ -96,7 +96,8 @@ class MemoryBankModule(nn.Module):
             )
         if features == "D":
             self.size = (*self.size, output.shape[1])
-            self.bank = _random_rows(*self.size).to(self.bank)
+            with torch.inference_mode(False):  # else no later training step could change it
+                self.bank = _random_rows(*self.size).to(self.bank)
         return self.bank
 
     def update(self, output: Tensor) -> None:

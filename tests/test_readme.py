@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -23,6 +24,20 @@ def blocks(language: str, text: str = README) -> list[str]:
 def test_python_blocks_run(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize(
+    "code",
+    [code for code in blocks("python", DOCS) if "MemoryBank" in code and "query" in code],
+    ids=lambda code: code.splitlines()[0],
+)
+def test_steps_with_a_queue_run_in_autocast(code: str) -> None:
+    """There an encoder's rows are bfloat16, and those that were normalised float32."""
+    given = "query, key = query.bfloat16().detach().requires_grad_(), normalize(key)\n"
+    assert "query.requires_grad_()\n" in code
+    code = code.replace("query.requires_grad_()\n", given)
+    with torch.autocast("cpu", torch.bfloat16):
+        exec(compile(code, "docs", "exec"), {})
 
 
 def test_make_targets_exist() -> None:

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from fastssl.checks import check_choice, check_no_tangents, check_number, check_ranks, check_views
 from fastssl.distributed import Group, sum_gradients
+from fastssl.losses.common_type import in_common_type
 from fastssl.losses.module import LossModule
 from fastssl.losses.whole_batch import STATISTICS_EXCHANGES, of_whole_batch
 from fastssl.ops import backend as backends
@@ -35,7 +36,8 @@ def barlow_twins(
 
     Args:
         z_a: [N, D] projections of one view, float64, float32, bfloat16 or float16, N at least 2.
-        z_b: [N, D] projections of the other view, of z_a's dtype and device.
+        z_b: [N, D] projections of the other view, on z_a's device; of two types both count as
+            the wider.
         lambda_param: Weight of the squares off the diagonal.
         gather_distributed: Whether statistics are those of the rows of all ranks. Without a process
             group it makes no difference.
@@ -64,6 +66,7 @@ def barlow_twins(
     check_number("eps", eps, z_a, positive=True)
     check_no_tangents(z_a, z_b)
     check_choice("exchange", exchange, STATISTICS_EXCHANGES)
+    z_a, z_b = in_common_type(z_a, z_b)
     backend = backends.resolve(backend, z_a)
     z_a, z_b, _, energy_of = of_whole_batch(z_a, z_b, ranks, exchange, backend)
     energy, diagonal, _ = energy_of(z_a, z_b, eps=eps, standardize=True)

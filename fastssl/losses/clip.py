@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastssl.checks import check_choice, check_count, check_ranks
 from fastssl.distributed import EXCHANGES, Group
+from fastssl.losses.common_type import in_common_type
 from fastssl.losses.image_text import check_pairs, spans_ranks
 from fastssl.losses.module import LossModule
 from fastssl.losses.multiplier import multiplier
@@ -41,7 +42,7 @@ def clip(
 
     Args:
         image_features: [N, D], float64, float32, bfloat16 or float16.
-        text_features: [N, D], of image_features' dtype and device.
+        text_features: [N, D], on image_features' device; two types count as the wider one.
         logit_scale: Positive number, or a tensor of one element, which then gets its gradient.
         logit_bias: Number or tensor of one element added to all logits. It changes neither the loss
             nor any gradient, and its own is 0.
@@ -69,8 +70,8 @@ def clip(
     ranks = check_ranks("image_features", image_features, gather_distributed, group)
     check_pairs(image_features, text_features, logit_scale, logit_bias, ids)
     check_choice("exchange", exchange, EXCHANGES)
-    backend = backends.resolve(backend, image_features)
-    image, text = image_features, text_features
+    image, text = in_common_type(image_features, text_features)
+    backend = backends.resolve(backend, image)
     scale = multiplier(logit_scale, image)
     plain: dict[str, Any] = {"normalize": False, "backend": backend}
     if ranks is None:
@@ -86,7 +87,7 @@ def clip(
         cols, _ = pair_lse(text, images, scale, ids, first=ranks.own.start, **plain)
     terms = torch.cat([cross_entropy(rows), cross_entropy(cols)])
     loss = reduced(terms, "mean", ranks)
-    return loss if logit_bias is None else loss + 0 * multiplier(logit_bias, image_features)
+    return loss if logit_bias is None else loss + 0 * multiplier(logit_bias, image)
 
 
 class ClipLoss(LossModule):

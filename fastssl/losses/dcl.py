@@ -16,6 +16,7 @@ from fastssl.checks import (
     check_views,
 )
 from fastssl.distributed import EXCHANGES, Group
+from fastssl.losses.common_type import in_common_type
 from fastssl.losses.module import LossModule
 from fastssl.losses.multiplier import scale_of
 from fastssl.losses.negatives import negatives_lse
@@ -53,7 +54,7 @@ def dcl(
     Args:
         z0: [N, D] embeddings of one view, float64, float32, bfloat16 or float16; need not be
             normalised. A row of length at most 1e-12 counts as zero and gets no gradient.
-        z1: [N, D] embeddings of the other view, of z0's dtype and device.
+        z1: [N, D] embeddings of the other view, on z0's device; two types count as the wider one.
         temperature: Positive number, or a tensor of one element, which then gets its gradient.
         weight_fn: Called with the unit rows of both views [N, D], then with them exchanged; returns
             the weights [N], floating point, of the positives of its first argument's rows. None:
@@ -102,6 +103,7 @@ def dcl(
                 "got 'ring'"
             )
         exchange = "gather"
+    z0, z1 = in_common_type(z0, z1)
     scale = scale_of(temperature, z0)
     backend = backends.resolve(backend, z0)
     terms = negatives_lse(z0, z1, scale, ids, ranks, exchange, backend)

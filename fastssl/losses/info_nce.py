@@ -5,15 +5,16 @@ from torch import Tensor
 
 from fastssl.checks import (
     check_choice,
+    check_device,
     check_embeddings,
     check_ids,
-    check_like,
     check_no_tangents,
     check_ranks,
     check_scalar,
     check_views,
 )
 from fastssl.distributed import EXCHANGES, Group
+from fastssl.losses.common_type import in_common_type
 from fastssl.losses.module import LossModule
 from fastssl.losses.multiplier import scale_of
 from fastssl.losses.negatives import samples_seen
@@ -56,7 +57,8 @@ def info_nce(
     Args:
         query: [N, D] embeddings, float64, float32, bfloat16 or float16; need not be normalised. A
             row of length at most 1e-12 counts as zero and gets no gradient.
-        positive: [N, D] the queries' positive keys, of query's dtype and device.
+        positive: [N, D] the queries' positive keys, on query's device; of several types all count
+            as the widest.
         negatives: [K, D] keys that are negatives of every query; [N, K, D], each query's own, which
             are held at unit length beside the input; or None, where a query's negatives are the
             other queries' positives.
@@ -97,11 +99,16 @@ def info_nce(
     check_choice("exchange", exchange, EXCHANGES)
     if ids is not None:
         check_ids("ids", ids, query)
-    backend = backends.resolve(backend, query)
-    scale = scale_of(temperature, query)
     if negatives is None:
         if negative_ids is not None:
             raise ValueError("negative_ids need negatives, got None")
+        query, positive = in_common_type(query, positive)
+    else:
+        _check_negatives(negatives, query, ids, negative_ids)
+        query, positive, negatives = in_common_type(query, positive, negatives)
+    backend = backends.resolve(backend, query)
+    scale = scale_of(temperature, query)
+    if negatives is None:
         if ranks is None:
             lse, _ = pair_lse(query, positive, scale, ids, backend=backend)
         elif ranks.in_ring(exchange, positive):
@@ -120,18 +127,21 @@ def info_nce(
             lse, _ = pair_lse(query, keys, scale, ids, first=ranks.own.start, backend=backend)
         return reduced(cross_entropy(lse), reduction, ranks)
 
-    _check_negatives(negatives, query, ids, negative_ids)
     cosines = cosines_of(query, positive)
     if negatives.dim() == 2:
         lse = similarity_lse(query, negatives, scale, ids, negative_ids, backend=backend)
         lse = lse - scale * cosines
     else:
         own = scale * (cosines_of(query[:, None], negatives) - cosines[:, None])
+        alone = None
         if ids is not None and negative_ids is not None:
-            own = own.masked_fill(ids[:, None] == negative_ids, -torch.inf)
+            hidden = ids[:, None] == negative_ids
+            alone = hidden.all(1)  # of which the gradient of a log-sum-exp would be NaN
+            own = own.masked_fill(hidden & ~alone[:, None], -torch.inf)
         # Relative to the largest, so that the weights, exp(own - lse), sum to 1 to the last digit.
-        top = own.detach().amax(1, keepdim=True).clamp_min(torch.finfo(own.dtype).min)
+        top = own.detach().amax(1, keepdim=True)
         lse = (own - top).logsumexp(1) + top[:, 0]
+        lse = lse if alone is None else lse.masked_fill(alone, -torch.inf)
     return reduced(cross_entropy(lse), reduction, ranks)
 
 
@@ -222,7 +232,7 @@ def _check_negatives(
             f"negatives must have shape (K, {d}) or ({n}, K, {d}) for queries of shape "
             f"{(n, d)}, got {tuple(negatives.shape)}"
         )
-    check_like("negatives", negatives, "query", query)
+    check_device("negatives", negatives, "query", query)
     if (ids is None) != (negative_ids is None):
         given, missing = (
             ("ids", "negative_ids") if negative_ids is None else ("negative_ids", "ids")

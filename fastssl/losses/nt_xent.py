@@ -13,6 +13,7 @@ from fastssl.checks import (
     check_views,
 )
 from fastssl.distributed import EXCHANGES, Group
+from fastssl.losses.common_type import in_common_type
 from fastssl.losses.info_nce import info_nce
 from fastssl.losses.module import LossModule
 from fastssl.losses.multiplier import scale_of
@@ -50,7 +51,7 @@ def nt_xent(
     Args:
         z0: [N, D] embeddings of one view, float64, float32, bfloat16 or float16; need not be
             normalised. A row of length at most 1e-12 counts as zero and gets no gradient.
-        z1: [N, D] embeddings of the other view, of z0's dtype and device.
+        z1: [N, D] embeddings of the other view, on z0's device; two types count as the wider one.
         temperature: Positive number, or a tensor of one element, which then gets its gradient. A
             tensor's value is not looked at outside a CPU, since that would stop the device.
         reduction: ``"mean"``, ``"sum"``, or ``"none"`` for the 2N terms, those of z0's rows first.
@@ -84,6 +85,7 @@ def nt_xent(
     check_choice("exchange", exchange, EXCHANGES)
     if ids is not None:
         check_ids("ids", ids, z0)
+    z0, z1 = in_common_type(z0, z1)
     backend = backends.resolve(backend, z0)
     lse = negatives_lse(z0, z1, scale_of(temperature, z0), ids, ranks, exchange, backend)
     return reduced(cross_entropy(lse), reduction, ranks)

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from fastssl.checks import check_choice, check_count, check_ranks
 from fastssl.distributed import EXCHANGES, Group
+from fastssl.losses.common_type import in_common_type
 from fastssl.losses.image_text import check_pairs, spans_ranks
 from fastssl.losses.module import LossModule
 from fastssl.losses.multiplier import multiplier
@@ -39,7 +40,7 @@ def siglip(
 
     Args:
         image_features: [N, D], float64, float32, bfloat16 or float16.
-        text_features: [N, D], of image_features' dtype and device.
+        text_features: [N, D], on image_features' device; two types count as the wider one.
         logit_scale: Positive number, or a tensor of one element, which then gets its gradient.
         logit_bias: Number, or a tensor of one element, which then gets its gradient; None for 0.
         ids: [N] integers naming the pairs. Pairs with the same id are not each other's negatives.
@@ -66,7 +67,7 @@ def siglip(
     ranks = check_ranks("image_features", image_features, gather_distributed, group)
     check_pairs(image_features, text_features, logit_scale, logit_bias, ids)
     check_choice("exchange", exchange, EXCHANGES)
-    image, text = image_features, text_features
+    image, text = in_common_type(image_features, text_features)
     backend = backends.resolve(backend, image)
     scale = multiplier(logit_scale, image)
     bias = multiplier(0.0 if logit_bias is None else logit_bias, image)

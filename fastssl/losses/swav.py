@@ -7,12 +7,14 @@ from torch import Tensor
 
 from fastssl.checks import (
     check_count,
+    check_device,
     check_embeddings,
     check_no_tangents,
     check_number,
     check_ranks,
 )
 from fastssl.distributed import Group
+from fastssl.losses.common_type import in_common_type
 from fastssl.losses.module import LossModule
 from fastssl.ops import backend as backends
 from fastssl.ops.sinkhorn import sinkhorn
@@ -47,7 +49,8 @@ def swav(
     read once, against the sum of the codes that it predicts.
 
     Args:
-        high_resolution_outputs: Two or more [B, K] prototype scores, one of each global crop.
+        high_resolution_outputs: Two or more [B, K] prototype scores, one of each global crop. Of
+            several types all scores count as the widest.
         low_resolution_outputs: Any number of [B, K] scores, one of each local crop.
         queue_outputs: For each global crop [M, K] scores of earlier samples, which take part in the
             assignment and are dropped from the result; or None.
@@ -83,6 +86,9 @@ def swav(
     check_number("epsilon", epsilon, high[0], positive=True)
     check_no_tangents(*high, *low)
     check_count("iterations", iterations)
+    every = list(in_common_type(*high, *low, *(queue or ())))
+    high, rest = every[: len(high)], every[len(high) :]
+    low, queue = rest[: len(low)], None if queue is None else rest[len(low) :]
     chosen = backends.resolve(backend, high[0])
 
     codes = []
@@ -104,7 +110,7 @@ def swav(
         codes.append(found[: len(scores)])
 
     others = [[x for j, x in enumerate(codes) if j != i] for i in range(len(high))]
-    pairs = [(crop, sum(rest[1:], rest[0])) for crop, rest in zip(high, others, strict=True)]
+    pairs = [(crop, sum(them[1:], them[0])) for crop, them in zip(high, others, strict=True)]
     everything = sum(codes[1:], codes[0])
     pairs += [(crop, everything) for crop in low]
     total = torch.stack(
@@ -195,7 +201,7 @@ def _listed(name: str, tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _check_crops(high: list[Tensor], low: list[Tensor], queue: list[Tensor] | None) -> None:
-    """Accept crops of one shape, dtype and device, and a queue that goes with them."""
+    """Accept crops of one shape and device, and a queue that goes with them."""
     if len(high) < 2:
         raise ValueError(
             f"high_resolution_outputs must hold at least 2 tensors, one a crop, got {len(high)}"
@@ -203,7 +209,7 @@ def _check_crops(high: list[Tensor], low: list[Tensor], queue: list[Tensor] | No
     for name, crops in (("high_resolution_outputs", high), ("low_resolution_outputs", low)):
         for i, crop in enumerate(crops):
             check_embeddings(f"{name}[{i}]", crop, letters="B and K")
-            for what in ("shape", "dtype", "device"):
+            for what in ("shape", "device"):
                 got, expected = getattr(crop, what), getattr(high[0], what)
                 if got != expected:
                     raise ValueError(
@@ -224,11 +230,7 @@ def _check_crops(high: list[Tensor], low: list[Tensor], queue: list[Tensor] | No
                 f"queue_outputs[{i}] must have {high[0].shape[1]} columns, one a prototype, as the "
                 f"crops have, got shape {tuple(scores.shape)}"
             )
-        if (scores.dtype, scores.device) != (high[0].dtype, high[0].device):
-            raise ValueError(
-                f"queue_outputs[{i}] must have dtype and device of the crops, {high[0].dtype} on "
-                f"{high[0].device}, got {scores.dtype} on {scores.device}"
-            )
+        check_device(f"queue_outputs[{i}]", scores, "the crops", high[0])
 
 
 def _shown(x: object) -> object:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from fastssl.checks import check_choice, check_no_tangents, check_number, check_ranks, check_views
 from fastssl.distributed import Group, sum_gradients
+from fastssl.losses.common_type import in_common_type
 from fastssl.losses.module import LossModule
 from fastssl.losses.whole_batch import STATISTICS_EXCHANGES, of_whole_batch
 from fastssl.ops import backend as backends
@@ -40,7 +41,8 @@ def vicreg(
         z_a: [N, ..., D] projections of one view, float64, float32, bfloat16 or float16, N at least
             2. Of dimensions in the middle, each position has its own statistics over the batch, and
             the terms are means over positions.
-        z_b: [N, ..., D] projections of the other view, of z_a's dtype and device.
+        z_b: [N, ..., D] projections of the other view, on z_a's device; of two types both count as
+            the wider.
         lambda_param: Weight of the invariance term.
         mu_param: Weight of the variance term.
         nu_param: Weight of the covariance term.
@@ -76,6 +78,7 @@ def vicreg(
     check_number("eps", eps, z_a, positive=True)
     check_no_tangents(z_a, z_b)
     check_choice("exchange", exchange, STATISTICS_EXCHANGES)
+    z_a, z_b = in_common_type(z_a, z_b)
     backend = backends.resolve(backend, z_a)
     all_a, all_b, N, energy_of = of_whole_batch(z_a, z_b, ranks, exchange, backend)
     D = z_a.shape[-1]

@@ -224,11 +224,6 @@ BAD_INPUT = {
         ValueError,
         r"negatives must have shape .*got \(0, 3\)",
     ),
-    "keys of another type": (
-        {"negatives": Z.double()},
-        TypeError,
-        "negatives must have the dtype of query, float32, got float64",
-    ),
     "keys elsewhere": (
         {"negatives": Z.to("meta")},
         ValueError,

@@ -170,10 +170,10 @@ BAD_INPUT = {
         ValueError,
         r"low_resolution_outputs\[0\] must have the shape of .*\(4, 3\), got \(4, 5\)",
     ),
-    "crops of two dtypes": (
-        lambda: functional.swav([CROPS[0], CROPS[1].double()]),
+    "crops on two devices": (
+        lambda: functional.swav([CROPS[0], CROPS[1].to("meta")]),
         ValueError,
-        r"high_resolution_outputs\[1\] must have the dtype of .*float32, got torch.float64",
+        r"high_resolution_outputs\[1\] must have the device of .*cpu, got meta",
     ),
     "a queue for one crop": (
         lambda: functional.swav(CROPS, (), [torch.zeros(5, 3)]),
@@ -185,10 +185,10 @@ BAD_INPUT = {
         ValueError,
         r"queue_outputs\[1\] must have 3 columns.*got shape \(5, 2\)",
     ),
-    "a queue of another dtype": (
-        lambda: functional.swav(CROPS, (), [torch.zeros(5, 3).double()] * 2),
+    "a queue elsewhere": (
+        lambda: functional.swav(CROPS, (), [torch.zeros(5, 3, device="meta")] * 2),
         ValueError,
-        r"queue_outputs\[0\] must have dtype and device of the crops, torch.float32",
+        r"queue_outputs\[0\] must be on the device of the crops, cpu, got meta",
     ),
     "temperature of 0": (
         lambda: functional.swav(CROPS, temperature=0.0),
