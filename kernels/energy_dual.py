@@ -183,7 +183,7 @@ def dual_fwd(u, v, diagonal, u_gram, v_gram, standardize, plan):
         u_gram: [N, N] float32, to be written.
         v_gram: [N, N] likewise.
         standardize: whether each feature has its own factor.
-        plan: of both batches.
+        plan: their launch parameters.
 
     Returns:
         energy [] float32.

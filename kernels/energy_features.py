@@ -111,7 +111,7 @@ def features_fwd(u, v, h_u, h_v, save, plan):
         h_u: [N, D] float32, to be written.
         h_v: [N, D] likewise.
         save: whether the backward pass needs them.
-        plan: of both batches.
+        plan: their launch parameters.
 
     Returns:
         energy [] float32.

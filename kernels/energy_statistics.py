@@ -203,7 +203,7 @@ def statistics_fwd(u, v, eps, standardize, plan):
         v: [N, D] likewise, or None for v = u.
         eps: float, added to a variance.
         standardize: divide each feature by its deviation; or all by one power of two.
-        plan: of both.
+        plan: their launch parameters.
 
     Returns:
         u and v as batches, which are the same where v is None, and c_ii [D] float32.

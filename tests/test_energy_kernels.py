@@ -203,19 +203,6 @@ def test_features_without_save_keep_nothing(symmetric: bool) -> None:
     assert (every[7].numel() == 0) == symmetric
 
 
-@pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("dual", [False, True])
-def test_same_input_same_bits(dual: bool) -> None:
-    u, v = views(37, 70)
-
-    def run() -> list[Tensor]:
-        out, gradients = forward_and_backward(u, v, torch.linspace(-1, 1, 70), True, dual)
-        return [*out, *gradients]
-
-    for first, second in zip(run(), run(), strict=True):
-        assert torch.equal(first, second)
-
-
 @pytest.mark.parametrize("dual", [False, True])
 @pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)])
 def test_a_gradient_that_is_not_needed_is_none(needs: tuple[bool, bool], dual: bool) -> None:
@@ -274,7 +261,7 @@ def check_each_feature(u: Tensor) -> tuple[Tensor, ...]:
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("large", [1, 3, 16, 40])
+@pytest.mark.parametrize("large", [1, 16, 40])  # one; as many as there is room for; more
 def test_a_few_large_features_drown_no_small_ones(large: int, dtype: torch.dtype) -> None:
     scales = torch.full((100,), 1e-3)
     scales[torch.randperm(100)[:large]] = 1e3
@@ -349,11 +336,9 @@ def test_of_more_outliers_than_there_is_room_for_the_first_are_taken() -> None:
     assert (found.rest_factor[23:] == 1).all()
 
 
-@pytest.mark.parametrize("ratio", [1.0, 1e3])
-def test_outliers_are_the_same_each_time(ratio: float) -> None:
+def test_outliers_are_the_same_each_time() -> None:
     u = torch.randn(20, 100)
-    u[:, 7:27] *= ratio  # more than there is room for, and equal
-    u[:, 7:27] = u[:, 7:8]
+    u[:, 7:27] = 1e3 * u[:, 7:8]  # more than there is room for, and equal
     ones = torch.ones(100)
     results = [forward_and_backward(u, None, ones, False, True) for _ in range(2)]
     for first, second in zip(*([*out, du] for out, (du, _) in results), strict=True):
@@ -369,13 +354,14 @@ def test_only_outliers_are_computed_apart(ratio: float, monkeypatch: pytest.Monk
         return found[-1]
 
     monkeypatch.setattr(energy_dual, "find_outliers", spy)
-    u, _ = views(20, 400)
-    u[:, [300, 20]] *= ratio
+    u = torch.randn(20, 100)
+    u /= u.std(0)  # else some of so few features have twice the variance of others
+    u[:, [70, 20]] *= ratio
     u[:, 20] *= ratio**0.1
-    forward_and_backward(u, None, torch.ones(400), False, True)
+    forward_and_backward(u, None, torch.ones(100), False, True)
     forward, backward = found
-    places = [20, 300] if ratio > 1 else []
-    free = [400] * (16 - len(places))
+    places = [20, 70] if ratio > 1 else []
+    free = [100] * (16 - len(places))
     assert forward.features.tolist() == backward.features.tolist() == places + free
     factor = forward.rest_factor
     assert (factor == 0).nonzero().flatten().tolist() == places
@@ -385,7 +371,7 @@ def test_only_outliers_are_computed_apart(ratio: float, monkeypatch: pytest.Monk
     assert 0.5 <= rest[0] * stds.max() < 1
     found.clear()
     for v, standardize in ((None, True), (u, False)):
-        forward_and_backward(u, v, torch.ones(400), standardize, True)
+        forward_and_backward(u, v, torch.ones(100), standardize, True)
     assert not found
 
 
