@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from accuracy import check_accuracy, value_and_gradients
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from measure import extra_bytes
 from targets import Target
@@ -17,10 +17,10 @@ from torch import distributed as dist
 import fastssl
 from fastssl import functional, reference
 from fastssl.ops import energy, reduced_energy
+from fastssl.streaming import energy_dual, energy_features, energy_tiles
 
 # Aligned to tiles; ragged; more features than samples; two samples; one feature.
 SHAPES = [(64, 32), (37, 19), (9, 300), (2, 5), (40, 1)]
-SEVERAL_TILES = [(300, 700), (900, 1030)]  # on the dual route; on that over features
 GPU_SHAPES = [(1024, 512), (1000, 300), (256, 4096), (300, 3001), (2, 5), (512, 1)]
 LOSSES = ["barlow_twins", "vicreg"]
 
@@ -39,9 +39,7 @@ def plain(loss: str) -> Callable[..., torch.Tensor]:
 
 
 def shapes(target: Target) -> list[tuple[int, int]]:
-    if target.device == "cuda":
-        return GPU_SHAPES
-    return SHAPES if target.interpreted else SHAPES + SEVERAL_TILES
+    return GPU_SHAPES if target.device == "cuda" else SHAPES
 
 
 def dtypes(target: Target) -> list[torch.dtype]:
@@ -57,10 +55,35 @@ def views(target: Target, n: int, d: int, dtype: torch.dtype) -> list[torch.Tens
     return [z.to(target.device, dtype) for z in (z_a, z_b)]
 
 
+@pytest.fixture
+def unwritten_memory_is_nan() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("unwritten_memory_is_nan")
 def test_value_and_gradients_are_as_exact_as_promised(loss: str, target: Target) -> None:
     for n, d in shapes(target):
         for dtype in dtypes(target):
             check_accuracy(fused(loss, target), plain(loss), views(target, n, d, dtype))
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many tiles and panels in PyTorch even of a small matrix."""
+    monkeypatch.setattr(energy_features, "TILE", 16)
+    monkeypatch.setattr(energy_dual, "GRAM_TILE", 8)
+    monkeypatch.setattr(energy_tiles, "PANEL", 512)
+
+
+@pytest.mark.usefixtures("small_tiles", "unwritten_memory_is_nan")
+# Panels of features on either route; panels of rows, where one tile is all of c.
+@pytest.mark.parametrize(("n", "d"), [(30, 150), (150, 130), (100, 11)])
+def test_any_number_of_tiles_is_as_exact_as_promised(loss: str, n: int, d: int) -> None:
+    target = Target("torch", "cpu")
+    for dtype in dtypes(target):
+        check_accuracy(fused(loss, target), plain(loss), views(target, n, d, dtype))
 
 
 @pytest.mark.parametrize("upstream", [65536.0, -3.0, 1e-8])
@@ -116,7 +139,7 @@ def test_barlow_twins_ignores_an_affine_map_of_each_feature(target: Target) -> N
         torch.testing.assert_close(loss(mapped, z_b), loss(z_a, z_b), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize(("n", "d"), [(2000, 3), (12, 60), (40, 1030)])
+@pytest.mark.parametrize(("n", "d"), [(2000, 3), (12, 60)])
 @pytest.mark.parametrize("scale", [1e12, 1e18, 1e19, 1e30])
 def test_barlow_twins_of_rows_whose_squares_overflow(n: int, d: int, scale: float) -> None:
     for mean in (0.0, 10.0):
@@ -208,27 +231,23 @@ def test_nan_comes_out_as_nan(loss: str, target: Target) -> None:
         assert dz_b.isnan().any()
 
 
-@settings(
-    max_examples=25,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-@given(
-    n=st.integers(3, 40),
-    d=st.integers(4, 70),
-    exponent=st.integers(-5, 5),
-    half=st.booleans(),
-    seed=st.integers(0, 2**16),
-)
-def test_any_shape_scale_and_type_is_as_exact_as_promised(
-    loss: str, target: Target, n: int, d: int, exponent: int, half: bool, seed: int
-) -> None:
-    torch.manual_seed(seed)
-    z_a, z_b = views(target, n, d, torch.float32)
-    dtype = torch.float16 if half else torch.float32
-    scale = 2.0 ** (min(exponent, 1) if half else exponent)
-    check_accuracy(fused(loss, target), plain(loss), [(scale * z).to(dtype) for z in (z_a, z_b)])
+def test_any_shape_scale_and_type_is_as_exact_as_promised(loss: str, target: Target) -> None:
+    @settings(max_examples=10 if target.interpreted else 25, deadline=None, derandomize=True)
+    @given(
+        n=st.integers(3, 40),
+        d=st.integers(4, 70),
+        exponent=st.integers(-5, 5),
+        half=st.booleans(),
+        seed=st.integers(0, 2**16),
+    )
+    def check(n: int, d: int, exponent: int, half: bool, seed: int) -> None:
+        torch.manual_seed(seed)
+        dtype = torch.float16 if half else torch.float32
+        scale = 2.0 ** (min(exponent, 1) if half else exponent)
+        z = [(scale * x).to(dtype) for x in views(target, n, d, torch.float32)]
+        check_accuracy(fused(loss, target), plain(loss), z)
+
+    check()
 
 
 def test_two_samples_by_hand() -> None:
@@ -309,21 +328,12 @@ def test_views_of_other_memory_give_the_same(loss: str, target: Target) -> None:
 
 
 def test_same_input_gives_same_bits(loss: str, target: Target) -> None:
-    for dtype in dtypes(target):
+    # Programs of the interpreter run one after another, whatever the type.
+    for dtype in dtypes(target)[: 1 if target.interpreted else None]:
         for n, d in ((70, 24), (24, 70)):
             z = views(target, n, d, dtype)
             first, second = (value_and_gradients(fused(loss, target), z) for _ in range(2))
             assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-def test_deterministic_mode_finds_no_unwritten_memory(loss: str, target: Target) -> None:
-    torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN
-    try:
-        for n, d in shapes(target):
-            result = value_and_gradients(fused(loss, target), views(target, n, d, torch.float32))
-            assert all(x.isfinite().all() for x in result)
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def test_loss_is_float32_and_gradients_keep_the_type(loss: str, target: Target) -> None:
@@ -373,7 +383,24 @@ def test_the_operator_is_registered_as_torch_wants(target: Target, dual: bool, t
     torch.library.opcheck(energy._cross_energy, arguments, test_utils=checks)
 
 
-@pytest.mark.parametrize(("n", "d"), [(8, 400), (300, 200)])
+@pytest.mark.parametrize("dual", [False, True])
+def test_two_batches_need_not_be_standardised(target: Target, dual: bool) -> None:
+    """No loss asks for it; the operator takes it."""
+
+    def ours(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        arguments = (u, v, 1e-5, False, dual, True, target.backend)
+        value, diagonal, _, u_factor, _, v_factor, *_ = energy._cross_energy(*arguments)
+        scale = u_factor[0] * v_factor[0]
+        return value / scale**2 + (diagonal / scale).sum()
+
+    def theirs(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        c = (u - u.mean(0)).T @ (v - v.mean(0)) / len(u)
+        return c.square().sum() - c.diagonal().square().sum() + c.diagonal().sum()
+
+    check_accuracy(ours, theirs, views(target, 20, 30, torch.float32))
+
+
+@pytest.mark.parametrize(("n", "d"), [(8, 400), (150, 100)])
 def test_what_is_saved_is_no_larger_than_the_input(
     loss: str, target: Target, n: int, d: int
 ) -> None:
@@ -390,7 +417,7 @@ def test_what_is_saved_is_no_larger_than_the_input(
         saved.pop(x.untyped_storage().data_ptr(), None)
     assert value.requires_grad
     difference = 4 * n * d if loss == "vicreg" else 0
-    vectors = 40 * 4 * d
+    vectors = 20 * 4 * d
     assert sum(saved.values()) <= 2 * 4 * n * min(n, d) + difference + vectors
 
 
