@@ -26,9 +26,15 @@ def similarity_lse(
     scale: float | Tensor,
     row_ids: Tensor | None = None,
     col_ids: Tensor | None = None,
+    pair: Tensor | None = None,
 ) -> Tensor:
-    """L_i = log sum_j exp(scale cos(q_i, k_j)) over the j whose id is not row i's, or -inf."""
+    """L_i = log sum_j exp(scale cos(q_i, k_j)) over the j whose id is not row i's, or -inf.
+
+    With a pair [M, D], less the score scale cos(q_i, pair_i).
+    """
     logits = scale * normalize(q) @ normalize(k).T
+    if pair is not None:
+        logits = logits - scale * (normalize(q) * normalize(pair)).sum(1, keepdim=True)
     if row_ids is not None and col_ids is not None:
         logits = logits.masked_fill(row_ids[:, None] == col_ids[None, :], -torch.inf)
     return torch.logsumexp(logits, dim=1)

@@ -90,12 +90,12 @@ class Similarity(NamedTuple):
             similarity.class_lse_bwd(row, x, scale, classes, None, row, row, row, needs[:2])
         elif self.launchers == "fixed_keys":
             for gradients in BOTH:
-                fixed_keys.fixed_keys_lse_fwd(x, x, scale, ids, ids, gradients)
+                fixed_keys.fixed_keys_lse_fwd(x, x, scale, x, ids, ids, gradients)
         elif self.launchers == "similarity":
             for normalize in BOTH:
-                similarity.similarity_lse_fwd(x, x, scale, ids, ids, normalize)
+                similarity.similarity_lse_fwd(x, x, scale, x, ids, ids, normalize)
                 similarity.similarity_lse_bwd(
-                    row, x, x, scale, ids, ids, row, row, row, row, normalize, needs
+                    row, x, x, scale, x, ids, ids, row, row, row, row, normalize, needs
                 )
         else:
             for normalize, columns in itertools.product(BOTH, BOTH):

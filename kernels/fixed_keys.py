@@ -22,9 +22,11 @@ from fastssl.kernels.tiles import (
     empty_rnorms,
     fill_rnorms,
     launch_config,
+    less_pair,
     load_tile,
     logits_of,
     over,
+    pair_scores,
     power_of_two,
     relative,
     store_gradient,
@@ -93,11 +95,15 @@ def _fixed_keys_lse_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def _fixed_keys_lse_finish_kernel(
-    x_ptr, rnorm_ptr, scale_ptr, parts_ptr, dunit_ptr, lse_ptr, dx_ptr, dscale_ptr,
-    M, splits, x_stride_n, x_stride_d,
+    x_ptr, rnorm_ptr, scale_ptr, pair_ptr, pair_rnorm_ptr, positive_ptr,
+    parts_ptr, dunit_ptr, lse_ptr, dx_ptr, dscale_ptr,
+    M, splits, x_stride_n, x_stride_d, pair_stride_n, pair_stride_d,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Merge parts and tops of the shares: lse [M]; and if dunit, its derivatives by x_i and s."""
+    """Merge parts and tops of the shares: lse [M]; and if dunit, its derivatives by x_i and s.
+
+    Where pair_ptr is given, all are of lse less the score of the row's pair.
+    """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     part = tl.arange(0, BLOCK_PARTS)
     part_at = part.to(tl.int64)[:, None] * M + rows[None, :]
@@ -108,7 +114,10 @@ def _fixed_keys_lse_finish_kernel(
     shift = tl.where(top == -float("inf"), 0.0, top)
     totals = tl.load(parts_ptr + part_at, mask=visited, other=0.0) * tl.exp2(tops - shift[None, :])
     total = tl.sum(totals, 0)
-    tl.store(lse_ptr + rows, (top + tl.log2(total)) * LN2, mask=rows < M)
+    origin = tl.zeros([BLOCK_M], tl.float32)
+    if positive_ptr is not None:
+        origin = tl.load(positive_ptr + rows, mask=rows < M, other=0.0)
+    tl.store(lse_ptr + rows, ((top - origin) + tl.log2(total)) * LN2, mask=rows < M)
 
     if dunit_ptr is not None:
         feats = tl.arange(0, BLOCK_D)
@@ -124,19 +133,25 @@ def _fixed_keys_lse_finish_kernel(
         dunit *= tl.where(total == 0, 0.0, 1 / total)[:, None]
         rnorm = tl.load(rnorm_ptr + rows, mask=rows < M, other=0.0)
         scale = tl.load(scale_ptr).to(tl.float32)
+        if pair_ptr is not None:
+            dunit, _ = less_pair(
+                dunit, total, rows, feats, tl.where(total == 0, 0.0, 1.0), scale,
+                pair_ptr, pair_rnorm_ptr, positive_ptr, M, pair_stride_n, pair_stride_d, D,
+            )  # fmt: skip
         store_gradient(
             dunit, total, rows, rows, feats, scale, x_ptr, rnorm, dx_ptr, dscale_ptr,
             M, x_stride_n, x_stride_d, D, True, False,
         )  # fmt: skip
 
 
-def fixed_keys_lse_fwd(q, k, scale, row_ids, col_ids, gradients):
+def fixed_keys_lse_fwd(q, k, scale, pair, row_ids, col_ids, gradients):
     """``similarity_lse_fwd`` of cosines with the gradients, of which no key is then needed again.
 
     Args:
         q: [M, D] float32, bfloat16 or float16, any strides.
         k: [N, D] likewise.
         scale: [] float, 1 / temperature, on the device.
+        pair: [M, D] rows, whose scores with those of q are taken off, or None.
         row_ids: [M] integers or None.
         col_ids: [N] integers or None.
         gradients: whether to compute them.
@@ -153,14 +168,14 @@ def fixed_keys_lse_fwd(q, k, scale, row_ids, col_ids, gradients):
     )
     nothing = [torch.empty(shape, dtype=torch.float32, device=device) for shape in ((0, 0), 0)]
     if options["BLOCK_D"] < D:  # rows too wide for one tile are walked twice
-        lse, top, total, *norms = similarity_lse_fwd(q, k, scale, *ids, True)
+        lse, top, total, *norms = similarity_lse_fwd(q, k, scale, pair, *ids, True)
         if not gradients:
             return lse, *nothing
         with torch.cuda.device_of(q):
             one = torch.ones(1, dtype=torch.float32, device=device).expand(M)
             dq, dscale = row_gradients(
                 q, k, norms, ids, top, total, one, scale,
-                row_weight=True, col_weight=False, dscale=True,
+                row_weight=True, col_weight=False, dscale=True, pair=pair,
             )  # fmt: skip
         return lse, dq[0], dscale
 
@@ -182,6 +197,7 @@ def fixed_keys_lse_fwd(q, k, scale, row_ids, col_ids, gradients):
     }
     with torch.cuda.device_of(q):
         fill_rnorms(q, k, q_rnorm, k_rnorm, None, scale)
+        pair_rnorm, positive = pair_scores(q, pair, q_rnorm, scale)
         gpu.launch(
             _fixed_keys_lse_kernel,
             (triton.cdiv(M, options["BLOCK_M"]), splits),
@@ -199,7 +215,10 @@ def fixed_keys_lse_fwd(q, k, scale, row_ids, col_ids, gradients):
             _fixed_keys_lse_finish_kernel,
             (triton.cdiv(M, block_m),),
             **shared,
+            **gpu.strided(pair=q if pair is None else pair) | {"pair_ptr": pair},
             rnorm_ptr=q_rnorm,
+            pair_rnorm_ptr=pair_rnorm,
+            positive_ptr=positive,
             lse_ptr=lse,
             dx_ptr=dq,
             dscale_ptr=dscale,

@@ -31,11 +31,13 @@ from fastssl.kernels.tiles import (
     finish_lse,
     gain_of,
     launch_config,
+    less_pair,
     load_rnorm,
     load_tile,
     logits_of,
     online,
     over,
+    pair_scores,
     power_of_two,
     store_gradient,
     times,
@@ -162,8 +164,9 @@ def _similarity_lse_weight_kernel(
 def _similarity_lse_bwd_kernel(
     x_ptr, y_ptr, x_rnorm_ptr, y_rnorm_ptr, x_ids_ptr, y_ids_ptr,
     top_ptr, total_ptr, dlse_ptr, weight_ptr, peak_ptr, scale_ptr,
-    dx_ptr, dy_ptr, dscale_ptr, dunit_ptr, along_ptr,
-    M, N, first_block, splits, x_stride_n, x_stride_d, y_stride_n, y_stride_d, dlse_stride,
+    pair_ptr, pair_rnorm_ptr, positive_ptr, dx_ptr, dy_ptr, dscale_ptr, dunit_ptr, along_ptr,
+    M, N, first_block, splits, x_stride_n, x_stride_d, y_stride_n, y_stride_d,
+    pair_stride_n, pair_stride_d, dlse_stride,
     D: tl.constexpr, PRECISION: tl.constexpr,
     ROW_WEIGHT: tl.constexpr, COL_WEIGHT: tl.constexpr, VIEWS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_OUT: tl.constexpr,
@@ -172,7 +175,7 @@ def _similarity_lse_bwd_kernel(
 
     W_ij is made of the lse of row i (ROW_WEIGHT), of column j (COL_WEIGHT) or of both. With both,
     rows and columns are the same: those of the two views x and y, or with VIEWS = 1 those of x,
-    whose ids are classes.
+    whose ids are classes. Where pair_ptr is given, row i's lse is less the score of its pair.
     """
     SELF: tl.constexpr = ROW_WEIGHT and COL_WEIGHT
     CLASSES: tl.constexpr = SELF and VIEWS == 1
@@ -320,6 +323,11 @@ def _similarity_lse_bwd_kernel(
     acc *= gain[:, None]
     along *= gain * over(x_rnorm, x_power)
     if dunit_ptr is None:
+        if pair_ptr is not None:
+            acc, along = less_pair(
+                acc, along, rows, out_feats, tl.where(x_total == 0, 0.0, x_dlse), scale,
+                pair_ptr, pair_rnorm_ptr, positive_ptr, M, pair_stride_n, pair_stride_d, D,
+            )  # fmt: skip
         store_gradient(
             acc, along, rows, row_at, out_feats, scale, rows_ptr, x_rnorm, out_ptr, dscale_ptr,
             M, row_stride_n, row_stride_d, D, NORMALIZE, SELF,
@@ -331,10 +339,12 @@ def _similarity_lse_bwd_kernel(
         tl.store(along_ptr + part_at, along, mask=rows < M)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=[*COUNTS, *VECTORS])
 def _similarity_lse_bwd_finish_kernel(
-    x_ptr, y_ptr, rnorm_ptr, scale_ptr, dx_ptr, dy_ptr, dscale_ptr, dunit_ptr, along_ptr,
+    x_ptr, y_ptr, rnorm_ptr, scale_ptr, total_ptr, dlse_ptr, pair_ptr, pair_rnorm_ptr, positive_ptr,
+    dx_ptr, dy_ptr, dscale_ptr, dunit_ptr, along_ptr,
     M, first_block, splits, x_stride_n, x_stride_d, y_stride_n, y_stride_d,
+    pair_stride_n, pair_stride_d, dlse_stride,
     D: tl.constexpr, SELF: tl.constexpr, VIEWS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_OUT: tl.constexpr,
 ):  # fmt: skip
@@ -359,6 +369,13 @@ def _similarity_lse_bwd_finish_kernel(
         along += tl.load(along_ptr + part_at, mask=rows < M, other=0.0)
     x_rnorm = load_rnorm(rnorm_ptr, at, rows < M)
     scale = tl.load(scale_ptr).to(tl.float32)
+    if pair_ptr is not None:
+        total = tl.load(total_ptr + rows, mask=rows < M, other=0.0)
+        dlse = tl.load(dlse_ptr + rows.to(tl.int64) * dlse_stride, mask=rows < M, other=0.0)
+        dunit, along = less_pair(
+            dunit, along, rows, feats, tl.where(total == 0, 0.0, dlse), scale,
+            pair_ptr, pair_rnorm_ptr, positive_ptr, M, pair_stride_n, pair_stride_d, D,
+        )  # fmt: skip
     store_gradient(
         dunit, along, rows, at, feats, scale, x_ptr, x_rnorm, dx_ptr, dscale_ptr,
         M, x_stride_n, x_stride_d, D, rnorm_ptr is not None, SELF,
@@ -414,12 +431,12 @@ def row_parts(
 
 def row_gradients(
     x, y, rnorms, ids, top, total, dlse, scale, *,
-    row_weight, col_weight, dscale, views=(0,), of=1, counts=None,
+    row_weight, col_weight, dscale, views=(0,), of=1, counts=None, pair=None,
 ):  # fmt: skip
     """Gradients of views (0: x, 1: y) out of one or two and, with dscale, each row's of the scale.
 
     With both weights rows and columns are the same, those of all views. With counts of positives
-    ids are classes.
+    ids are classes. With pairs of x's rows, whose weight alone is asked for, their scores are off.
     """
     (M, D), N, device = x.shape, len(y), x.device
     ids = [None if each is None else each.contiguous() for each in ids]
@@ -455,8 +472,15 @@ def row_gradients(
             num_warps=4,
         )
 
+    pair_rnorm, positive = pair_scores(x, pair, rnorms[0], scale)
     shared = {
         **gpu.strided(x=x, y=y),
+        **gpu.strided(pair=x if pair is None else pair) | {"pair_ptr": pair},
+        "pair_rnorm_ptr": pair_rnorm,
+        "positive_ptr": positive,
+        "total_ptr": total,
+        "dlse_ptr": dlse,
+        "dlse_stride": dlse.stride(0),
         "scale_ptr": scale,
         "dx_ptr": gradients[views[0]],
         "dy_ptr": gradients[views[-1]],
@@ -480,13 +504,10 @@ def row_gradients(
         x_ids_ptr=ids[0],
         y_ids_ptr=ids[1],
         top_ptr=top,
-        total_ptr=total,
-        dlse_ptr=dlse,
         weight_ptr=weight,
         peak_ptr=peak,
         N=N,
         first_block=views[0] * row_blocks,
-        dlse_stride=dlse.stride(0),
         PRECISION=gpu.precision_of(x.dtype, arch),
         ROW_WEIGHT=row_weight,
         COL_WEIGHT=col_weight,
@@ -507,13 +528,14 @@ def row_gradients(
     return gradients, dscale_rows
 
 
-def similarity_lse_fwd(q, k, scale, row_ids, col_ids, normalize):
+def similarity_lse_fwd(q, k, scale, pair, row_ids, col_ids, normalize):
     """Log-sum-exp of each row of q over the rows of k, or over those with another id.
 
     Args:
         q: [M, D] float32, bfloat16 or float16, any strides.
         k: [N, D] likewise.
         scale: [] float, 1 / temperature, on the device.
+        pair: [M, D] rows, whose scores with those of q are taken off lse, or None.
         row_ids: [M] integers or None.
         col_ids: [N] integers or None.
         normalize: whether rows are compared at unit length.
@@ -527,20 +549,22 @@ def similarity_lse_fwd(q, k, scale, row_ids, col_ids, normalize):
         if normalize:
             fill_rnorms(q, k, q_rnorm, k_rnorm, None, scale)
         norms = (q_rnorm, k_rnorm) if normalize else (None, None)
+        _, positive = pair_scores(q, pair, norms[0], scale)
         parts = row_parts(q, k, scale, (row_ids, col_ids), *norms)
-        return *finish_lse(parts, scale), q_rnorm, k_rnorm
+        return *finish_lse(parts, scale, positive), q_rnorm, k_rnorm
 
 
 def similarity_lse_bwd(
-    dlse, q, k, scale, row_ids, col_ids, top, total, q_rnorm, k_rnorm, normalize, needs
+    dlse, q, k, scale, pair, row_ids, col_ids, top, total, q_rnorm, k_rnorm, normalize, needs
 ):
     """Gradients of ``similarity_lse_fwd``.
 
     Args:
         dlse: [M] float32, any stride.
-        q: [M, D] as in the forward pass, like k, scale and the ids.
+        q: [M, D] as in the forward pass, like k, scale, pair and the ids.
         k: [N, D].
         scale: [].
+        pair: [M, D] or None.
         row_ids: [M] or None.
         col_ids: [N] or None.
         top: [M] float32, from the forward pass, like total and the inverse norms.
@@ -560,7 +584,7 @@ def similarity_lse_bwd(
         if needs[0] or needs[2]:
             gradients, dscale = row_gradients(
                 q, k, (q_rnorm, k_rnorm), (row_ids, col_ids), top, total, dlse, scale,
-                row_weight=True, col_weight=False, dscale=needs[2],
+                row_weight=True, col_weight=False, dscale=needs[2], pair=pair,
             )  # fmt: skip
             dq = gradients[0] if needs[0] else None
             dscale = dscale.sum() if needs[2] else None

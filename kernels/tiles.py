@@ -265,6 +265,18 @@ def gain_of(peak_ptr):
 
 
 @triton.jit
+def less_pair(
+    dunit, along, rows, feats, dlse, scale, pair_ptr, pair_rnorm_ptr, positive_ptr,
+    M, pair_stride_n, pair_stride_d, D: tl.constexpr,
+):  # fmt: skip
+    """dunit_i - dL_i p^_i of rows whose L_i is less the score of a pair, and <x^_i, that>."""
+    pair = load_tile(pair_ptr, rows, M, pair_stride_n, pair_stride_d, feats, D).to(tl.float32)
+    pair_rnorm = load_rnorm(pair_rnorm_ptr, rows, rows < M)
+    positive = tl.load(positive_ptr + rows, mask=rows < M, other=0.0) / (scale * LOG2E)
+    return dunit - pair * (dlse * pair_rnorm)[:, None], along - dlse * positive
+
+
+@triton.jit
 def store_gradient(
     dunit, along, rows, at, feats, scale, x_ptr, x_rnorm, dx_ptr, dscale_ptr,
     M, x_stride_n, x_stride_d,
@@ -435,6 +447,16 @@ def fill_rnorms(x, y, x_rnorm, y_rnorm, positive, scale, first=0):
         BLOCK_D=block_d,
         num_warps=4,
     )
+
+
+def pair_scores(q, pair, q_rnorm, scale):
+    """Inverse norms of the pairs of q's rows, if those have some, and their scores, each [M]."""
+    if pair is None:
+        return None, None
+    pair_rnorm, positive = torch.empty(2, len(q), dtype=torch.float32, device=q.device)
+    pair_rnorm = None if q_rnorm is None else pair_rnorm
+    fill_rnorms(q, pair, q_rnorm, pair_rnorm, positive, scale)
+    return pair_rnorm, positive
 
 
 def finish_lse(parts, scale, positive=None, columns=False, shifted=True, counts=None):

@@ -127,11 +127,12 @@ def info_nce(
             lse, _ = pair_lse(query, keys, scale, ids, first=ranks.own.start, backend=backend)
         return reduced(cross_entropy(lse), reduction, ranks)
 
-    cosines = cosines_of(query, positive)
     if negatives.dim() == 2:
-        lse = similarity_lse(query, negatives, scale, ids, negative_ids, backend=backend)
-        lse = lse - scale * cosines
+        lse = similarity_lse(
+            query, negatives, scale, ids, negative_ids, pair=positive, backend=backend
+        )
     else:
+        cosines = cosines_of(query, positive)
         own = scale * (cosines_of(query[:, None], negatives) - cosines[:, None])
         alone = None
         if ids is not None and negative_ids is not None:

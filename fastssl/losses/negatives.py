@@ -32,11 +32,12 @@ def negatives_lse(
     if ranks is None:
         return two_view_lse(z0, z1, scale, ids, backend=backend)
     z, both = torch.cat([z0, z1]), ranks.times(2)
-    pairs = (scale * cosines_of(z0, z1)).repeat(2)
     if both.in_ring(exchange, z):
+        pairs = (scale * cosines_of(z0, z1)).repeat(2)
         seen = samples_seen(z0, ids, views=2)
         return ring_lse(z, z, scale, pairs, **seen, ranks=both, backend=backend)[0]
     keys = ranks.gather(torch.stack([z0, z1], 1)).flatten(0, 1)  # sample by sample
     samples = torch.arange(len(keys) // 2, device=z.device) if ids is None else ranks.gather(ids)
     row_ids, col_ids = samples[ranks.own].repeat(2), samples.repeat_interleave(2)
-    return similarity_lse(z, keys, scale, row_ids, col_ids, backend=backend) - pairs
+    partners = torch.cat([z1, z0])
+    return similarity_lse(z, keys, scale, row_ids, col_ids, pair=partners, backend=backend)

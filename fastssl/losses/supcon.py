@@ -223,16 +223,18 @@ def _class_lse(
         sums = class_sums(classes, sums, ranks.gather(classes))
     sums = sums.repeat_interleave(len(q) // B, 0)
     count = sums[:, -1] - 1
-    positive = scale * (q * (sums[:, :-1] - q)).sum(1) / count.clamp_min(1)
+    mean = (sums[:, :-1] - q) / count.clamp_min(1)[:, None]  # of the row's positives
 
     plain: dict[str, Any] = {"normalize": False, "backend": backend}
     if in_ring:
         ids: dict[str, Any] = {"row_ids": row_ids, "col_ids": place, "everywhere": False}
+        positive = scale * (q * mean).sum(1)
         lse, _ = ring_lse(q, rows, scale, positive, **ids, ranks=ranks.times(V), **plain)
     else:
         row_ids = row_ids + V * ranks.own.start
         col_ids = torch.arange(V * len(every), device=rows.device)
-        lse = similarity_lse(q, every.flatten(0, 1), scale, row_ids, col_ids, **plain) - positive
+        keys = every.flatten(0, 1)
+        lse = similarity_lse(q, keys, scale, row_ids, col_ids, pair=mean, **plain)
     return lse.masked_fill(count < 1, 0)
 
 

@@ -129,12 +129,12 @@ class _RingLse(torch.autograd.Function):
         row_sums: list[Tensor] = []
         col_sums = Carried(ranks, merge)
         for owner, ids, (keys,) in _blocks(ranks, row_ids, col_ids, everywhere, k):
-            part = _similarity_lse(q, keys, scale, *ids, normalize, backend)
+            part = _similarity_lse(q, keys, scale, None, *ids, normalize, backend)
             row_sums = merge(row_sums, part[1:3]) if row_sums else list(part[1:3])
             if owner == ranks.rank:
                 rnorms = part[3:]
             if columns:
-                part = _similarity_lse(keys, q, scale, *ids[::-1], normalize, backend)
+                part = _similarity_lse(keys, q, scale, None, *ids[::-1], normalize, backend)
                 col_sums.put(owner, list(part[1:3]))
         ctx.options = ranks, everywhere, columns, normalize, backend
         saved = row_sums, col_sums.home()
@@ -161,14 +161,23 @@ class _RingLse(torch.autograd.Function):
             dkeys = torch.zeros_like(keys, dtype=scale.dtype)
             kept = top, total, q_rnorm, rnorm
             found = _similarity_lse_bwd(
-                drows, q, keys, scale, *ids, *kept, normalize, needs, backend
+                drows, q, keys, scale, None, *ids, *kept, normalize, [*needs, False], backend
             )
             _add((dq, dkeys, dscale), needs, found)
             if columns:
                 col_top, col_total, dlse = more
                 kept = col_top, col_total, rnorm, q_rnorm
                 found = _similarity_lse_bwd(
-                    dlse, keys, q, scale, *ids[::-1], *kept, normalize, swapped, backend
+                    dlse,
+                    keys,
+                    q,
+                    scale,
+                    None,
+                    *ids[::-1],
+                    *kept,
+                    normalize,
+                    [*swapped, False],
+                    backend,
                 )
                 _add((dkeys, dq, dscale), swapped, found)
             if need_k:

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastssl.ops.autograd import connect
 from fastssl.ops.backend import launchers
 from fastssl.ops.fixed_keys import fixed_keys_lse
+from fastssl.streaming.tiles import pair_gradient
 
 
 def similarity_lse(
@@ -21,12 +22,15 @@ def similarity_lse(
     row_ids: Tensor | None = None,
     col_ids: Tensor | None = None,
     *,
+    pair: Tensor | None = None,
     normalize: bool = True,
     backend: str,
 ) -> Tensor:
     """L_i = log sum_j exp(scale sim(q_i, k_j)) over the j whose id differs from row i's.
 
-    Keys that need no gradient are not kept for the backward pass: they may change before it.
+    With pairs, L_i less scale sim(q_i, pair_i): taken off here the difference keeps its digits, and
+    so do gradients. Keys that need no gradient are not kept for the backward pass: they may change
+    before it.
 
     Args:
         q: [M, D] rows.
@@ -34,6 +38,7 @@ def similarity_lse(
         scale: 0-dim, positive, of the accumulation type (float64 for float64 rows, else float32).
         row_ids: [M] integers, or None where every row sees every column.
         col_ids: [N] integers, likewise.
+        pair: [M, D], a row for each of q; None for none.
         normalize: Whether sim is the cosine; else the plain product.
         backend: ``"triton"`` or ``"torch"``, resolved.
 
@@ -41,8 +46,8 @@ def similarity_lse(
         [M], of scale's type; -inf for a row that sees no column.
     """
     if normalize and not k.requires_grad:
-        return fixed_keys_lse(q, k, scale, row_ids, col_ids, backend=backend)
-    lse: Tensor = _similarity_lse(q, k, scale, row_ids, col_ids, normalize, backend)[0]
+        return fixed_keys_lse(q, k, scale, row_ids, col_ids, pair=pair, backend=backend)
+    lse: Tensor = _similarity_lse(q, k, scale, pair, row_ids, col_ids, normalize, backend)[0]
     return lse
 
 
@@ -80,6 +85,7 @@ def _similarity_lse(
     q: Tensor,
     k: Tensor,
     scale: Tensor,
+    pair: Tensor | None,
     row_ids: Tensor | None,
     col_ids: Tensor | None,
     normalize: bool,
@@ -87,7 +93,7 @@ def _similarity_lse(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast(q.device.type, enabled=False):
         return launchers(backend, "similarity").similarity_lse_fwd(
-            q, k, scale, row_ids, col_ids, normalize
+            q, k, scale, pair, row_ids, col_ids, normalize
         )
 
 
@@ -97,6 +103,7 @@ def _similarity_lse_bwd(
     q: Tensor,
     k: Tensor,
     scale: Tensor,
+    pair: Tensor | None,
     row_ids: Tensor | None,
     col_ids: Tensor | None,
     top: Tensor,
@@ -108,9 +115,15 @@ def _similarity_lse_bwd(
     backend: str,
 ) -> list[Tensor]:
     with torch.autocast(q.device.type, enabled=False):
-        grads = launchers(backend, "similarity").similarity_lse_bwd(
-            dlse, q, k, scale, row_ids, col_ids, top, total, q_rnorm, k_rnorm, normalize, needs
-        )
+        grads = list(
+            launchers(backend, "similarity").similarity_lse_bwd(
+                dlse, q, k, scale, pair, row_ids, col_ids, top, total, q_rnorm, k_rnorm,
+                normalize, needs[:3],
+            )
+        )  # fmt: skip
+        if pair is not None and needs[3]:
+            seen = dlse.masked_fill(total == 0, 0)
+            grads.append(pair_gradient(seen, q, pair, scale, normalize))
     return [grad for grad in grads if grad is not None]
 
 
@@ -144,7 +157,14 @@ def _class_lse_bwd(
 
 @_similarity_lse.register_fake
 def _similarity_lse_fake(
-    q: Tensor, k: Tensor, scale: Tensor, row_ids: object, col_ids: object, normalize: bool, _: str
+    q: Tensor,
+    k: Tensor,
+    scale: Tensor,
+    pair: object,
+    row_ids: object,
+    col_ids: object,
+    normalize: bool,
+    backend: str,
 ) -> tuple[Tensor, ...]:
     rnorms = (scale.new_empty(x.shape[0] if normalize else 0) for x in (q, k))
     return (*(scale.new_empty(q.shape[0]) for _ in range(3)), *rnorms)
@@ -157,5 +177,5 @@ def _class_lse_fake(
     return tuple(scale.new_empty(z.shape[0]) for _ in range(4))
 
 
-connect(_similarity_lse, _similarity_lse_bwd, outputs=1, differentiable=3, tensors=5)
+connect(_similarity_lse, _similarity_lse_bwd, outputs=1, differentiable=4, tensors=6)
 connect(_class_lse, _class_lse_bwd, outputs=1, differentiable=2, tensors=4)

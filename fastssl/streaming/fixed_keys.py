@@ -16,8 +16,11 @@ from fastssl.streaming.tiles import (
     factors_of,
     is_unshifted,
     merge,
+    pair_blocks,
+    pair_scores,
     rnorm_of,
     scale_shares,
+    take_pairs_off,
     through_scaling,
     tiles_of,
 )
@@ -27,14 +30,16 @@ def fixed_keys_lse_fwd(
     q: Tensor,
     k: Tensor,
     scale: Tensor,
+    pair: Tensor | None,
     row_ids: Tensor | None,
     col_ids: Tensor | None,
     gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return lse [M] over cosines and, with gradients, its derivatives by q [M, D] and scale [M].
 
-    Keys that get no gradient need not be kept: the mean of the keys, weighted as the softmax
-    weights them, is all that a row's gradient needs, and it is gathered on the way.
+    With pairs [M, D] of the rows, all are of lse less their scores. Keys that get no gradient need
+    not be kept: the mean of the keys, weighted as the softmax weights them, is all that a row's
+    gradient needs, and it is gathered on the way.
     """
     q_factor, k_factor = factors_of(q, rnorm_of(q), rnorm_of(k), scale)
     dq = fresh_like(q, scale.dtype).zero_() if gradients else None
@@ -51,9 +56,13 @@ def fixed_keys_lse_fwd(
                 row.grad.mul_(kept[:, None])
         if row.grad is not None:
             row.grad.addmm_(scores, keys)
+    pairs = pair_blocks(pair, scale, True)
+    lse = sums.lse(pair_scores(rows, pairs))
     if dq is None:
-        return sums.lse(), scale.new_empty(0, 0), scale.new_empty(0)
-    dq /= sums.total.masked_fill(sums.total == 0, torch.inf)[:, None]
+        return lse, scale.new_empty(0, 0), scale.new_empty(0)
+    alone = sums.total == 0
+    dq /= sums.total.masked_fill(alone, torch.inf)[:, None]
+    take_pairs_off(rows, pairs, (~alone).to(scale.dtype))
     dscale = torch.cat([scale_shares(row, scale) for row in rows])
     through_scaling(rows, scale, torch.ones_like(scale), True)
-    return sums.lse(), dq.to(q.dtype), dscale
+    return lse, dq.to(q.dtype), dscale

@@ -30,8 +30,11 @@ from fastssl.streaming.tiles import (
     fresh_gradients,
     gain_of,
     is_unshifted,
+    pair_blocks,
+    pair_scores,
     rnorm_of,
     sums_of,
+    take_pairs_off,
     through_scaling,
 )
 
@@ -40,19 +43,22 @@ def similarity_lse_fwd(
     q: Tensor,
     k: Tensor,
     scale: Tensor,
+    pair: Tensor | None,
     row_ids: Tensor | None,
     col_ids: Tensor | None,
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return lse, its top and total [M], and the inverse lengths of q's rows [M] and k's [N].
 
-    Without normalize the inverse lengths are empty.
+    With pairs [M, D] of the rows, lse is less their scores. Without normalize the inverse lengths
+    are empty.
     """
     q_rnorm, k_rnorm = rnorm_of(q, normalize), rnorm_of(k, normalize)
     q_factor, k_factor = factors_of(q, q_rnorm, k_rnorm, scale)
     rows, cols = blocks_of([q], q_factor, row_ids), blocks_of([k], k_factor, col_ids)
     sums, _, _ = sums_of(rows, cols, is_unshifted(scale, q, k, normalize))
-    return sums.lse(), *sums, q_rnorm, k_rnorm
+    pairs = pair_scores(rows, pair_blocks(pair, scale, normalize))
+    return sums.lse(pairs), *sums, q_rnorm, k_rnorm
 
 
 def similarity_lse_bwd(
@@ -60,6 +66,7 @@ def similarity_lse_bwd(
     q: Tensor,
     k: Tensor,
     scale: Tensor,
+    pair: Tensor | None,
     row_ids: Tensor | None,
     col_ids: Tensor | None,
     top: Tensor,
@@ -76,9 +83,12 @@ def similarity_lse_bwd(
     cols = blocks_of([k], k_factor, col_ids, [dk])
     gain = gain_of(dlse)
     unshifted = is_unshifted(scale, q, k, normalize)
+    alone = total == 0
     if unshifted:  # top may be that of more columns, if these are some of a ring's
         top, total = torch.zeros_like(top), total * top.exp()
-    add_gradients(rows, cols, Share.of(Sums(top, total), dlse, gain), None, unshifted)
+    share = Share.of(Sums(top, total), dlse, gain)
+    add_gradients(rows, cols, share, None, unshifted)
+    take_pairs_off(rows, pair_blocks(pair, scale, normalize), share.dlse.masked_fill(alone, 0))
     dscale = through_scaling(rows, scale, gain, normalize)
     through_scaling(cols, scale, gain, normalize)
     return as_asked((dq, dk, dscale), (q, k, top), needs)

@@ -65,10 +65,16 @@ class Sums(NamedTuple):
         """Those of some rows, sharing memory."""
         return Sums(self.top[rows], self.total[rows])
 
-    def lse(self, less: Tensor | float = 0) -> Tensor:
+    def lse(self, less: Tensor | None = None) -> Tensor:
         """Log-sum-exps, less something."""
-        # Taken first, the difference of two large numbers is exact; the logarithm is small.
-        return (self.top - less) + self.total.log()
+        if less is None:
+            return self.top + self.total.log()
+        # Taken first, the difference of two large numbers is exact. Where the total is as large,
+        # with a top of 0, the logarithm of their quotient has the digits.
+        shift = self.top - less
+        quotient = self.total * shift.exp()
+        usable = (quotient > torch.finfo(quotient.dtype).tiny) & (quotient < torch.inf)
+        return torch.where(usable, quotient.log(), shift + self.total.log())
 
 
 class Share(NamedTuple):
@@ -362,6 +368,44 @@ def through_scaling(blocks: list[Block], scale: Tensor, gain: Tensor, normalize:
         block.grad.mul_(block.factor * gain)
         dscale += along.sum()
     return dscale * gain
+
+
+def pair_blocks(
+    pair: Tensor | None, scale: Tensor, normalize: bool, grad: Tensor | None = None
+) -> list[Block]:
+    """Blocks of the pairs of rows, cut as the rows are; none without pairs."""
+    if pair is None:
+        return []
+    factor = rnorm_of(pair) * scale.sqrt() if normalize else None
+    return blocks_of([pair], factor, None, [grad])
+
+
+def pair_scores(rows: list[Block], pairs: list[Block]) -> Tensor | None:
+    """Scores of the rows with their pairs [M], if they have any."""
+    if not pairs:
+        return None
+    both = zip(rows, pairs, strict=True)
+    return torch.cat([torch.linalg.vecdot(row.scaled(), pair.scaled()) for row, pair in both])
+
+
+def take_pairs_off(rows: list[Block], pairs: list[Block], dlse: Tensor) -> None:
+    """Take from the gradients of the rows, and write to those of the pairs, what a score gives."""
+    for row, pair in zip(rows if pairs else [], pairs, strict=True):
+        weight = dlse[row.rows, None]
+        if row.grad is not None:
+            row.grad.addcmul_(pair.scaled(), weight, value=-1)
+        if pair.grad is not None:
+            torch.mul(row.scaled(), weight, out=pair.grad).neg_()
+
+
+def pair_gradient(dlse: Tensor, q: Tensor, pair: Tensor, scale: Tensor, normalize: bool) -> Tensor:
+    """Gradient of the pairs of q's rows, whose scores log-sum-exps are less."""
+    dpair = fresh_like(pair, scale.dtype)
+    factor = rnorm_of(q) * scale.sqrt() if normalize else scale.expand(len(q))
+    pairs = pair_blocks(pair, scale, normalize, dpair)
+    take_pairs_off(blocks_of([q], factor, None), pairs, dlse)
+    through_scaling(pairs, scale, torch.ones_like(scale), normalize)
+    return dpair.to(pair.dtype)
 
 
 def scale_shares(block: Block, scale: Tensor) -> Tensor:

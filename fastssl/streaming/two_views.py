@@ -97,7 +97,7 @@ def _one_tile_fwd(
         top = scores.amax(1)
         scores -= top.masked_fill(top == -torch.inf, 0)[:, None]
     total = exp_(scores).sum(1)
-    return (top - positive) + total.log(), top, total, kept
+    return Sums(top, total).lse(positive), top, total, kept
 
 
 def _one_tile_bwd(

@@ -19,14 +19,19 @@ def assert_close(got: Tensor, exact: Tensor, tolerance: float) -> None:
     assert (got.double() - exact).abs().max() <= tolerance * exact.abs().max()
 
 
-def check_fixed_keys(q: Tensor, k: Tensor, s: float, *ids: Tensor | None) -> None:
+def check_fixed_keys(
+    q: Tensor, k: Tensor, s: float, *ids: Tensor | None, pair: Tensor | None = None
+) -> None:
     ids = ids or (None, None)
     scale = torch.tensor(s)
-    lse, dq, dscale = fixed_keys.fixed_keys_lse_fwd(q, k, scale, *ids, True)
+    lse, dq, dscale = fixed_keys.fixed_keys_lse_fwd(q, k, scale, pair, *ids, True)
     assert dq.dtype == q.dtype
 
     rows, scales = q.double().requires_grad_(), torch.full((len(q), 1), s).double().requires_grad_()
     logits = scales * (reference.normalize(rows) @ reference.normalize(k.double()).T)
+    if pair is not None:
+        cosines = (reference.normalize(rows) * reference.normalize(pair.double())).sum(1)
+        logits = logits - scales * cosines[:, None]
     if ids[0] is not None:
         logits = logits.masked_fill(ids[0][:, None] == ids[1], -torch.inf)
     exact = logits.logsumexp(1)
@@ -35,7 +40,7 @@ def check_fixed_keys(q: Tensor, k: Tensor, s: float, *ids: Tensor | None) -> Non
     assert_close(dq, want[0], TOLERANCE[q.dtype])
     assert_close(dscale, want[1][:, 0], TOLERANCE[q.dtype])
 
-    alone, *nothing = fixed_keys.fixed_keys_lse_fwd(q, k, scale, *ids, False)
+    alone, *nothing = fixed_keys.fixed_keys_lse_fwd(q, k, scale, pair, *ids, False)
     assert torch.equal(alone, lse)
     assert [x.shape for x in nothing] == [(0, 0), (0,)]
 
@@ -72,7 +77,7 @@ def test_wide_fixed_keys(multiprocessors, dtype: torch.dtype) -> None:
 def test_a_row_that_sees_no_fixed_key_has_no_gradient() -> None:
     q, k = correlated(9, 30, 5)
     ids = torch.arange(9), torch.full((30,), 4)
-    lse, dq, dscale = fixed_keys.fixed_keys_lse_fwd(q, k, torch.tensor(7.0), *ids, True)
+    lse, dq, dscale = fixed_keys.fixed_keys_lse_fwd(q, k, torch.tensor(7.0), None, *ids, True)
     assert ((lse == -torch.inf) == (ids[0] == 4)).all()
     assert (dq[4] == 0).all()
     assert dscale[4] == 0
@@ -82,14 +87,14 @@ def test_a_row_that_sees_no_fixed_key_has_no_gradient() -> None:
 @pytest.mark.parametrize("multiprocessors", [1, 40], indirect=True)
 def test_same_input_same_bits(multiprocessors) -> None:
     q, k, scale = torch.randn(100, 16), torch.randn(100, 16), torch.tensor(3.0)
-    both = (fixed_keys.fixed_keys_lse_fwd(q, k, scale, None, None, True) for _ in range(2))
+    both = (fixed_keys.fixed_keys_lse_fwd(q, k, scale, None, None, None, True) for _ in range(2))
     assert all(map(torch.equal, *both))
 
 
 def test_nan_in_one_key_reaches_every_row() -> None:
     q, k = torch.randn(70, 8), torch.randn(70, 8)
     k[3, 2] = torch.nan
-    found = fixed_keys.fixed_keys_lse_fwd(q, k, torch.tensor(2.0), None, None, True)
+    found = fixed_keys.fixed_keys_lse_fwd(q, k, torch.tensor(2.0), None, None, None, True)
     assert all(x.isnan().all() for x in found)
 
 
@@ -101,3 +106,18 @@ def test_zero_rows_and_twins_are_finite() -> None:
     q, k = torch.randn(20, 8), torch.randn(20, 8)
     q[3], k[3], k[5], q[7] = 0, 0, 0, q[6]
     check_fixed_keys(q, k, 5.0)
+
+
+@pytest.mark.parametrize(
+    ("multiprocessors", "D"), [(1, 20), (40, 20), (1, 300)], indirect=["multiprocessors"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_score_of_a_pair_is_taken_off(multiprocessors, D: int, dtype: torch.dtype) -> None:
+    pair, k = torch.randn(70, D).to(dtype), torch.randn(150, D).to(dtype)
+    q = (pair + torch.randn(70, D)).to(dtype)
+    ids = torch.arange(70) % 5, torch.arange(150) % 7
+    check_fixed_keys(q, k, 20.0, *ids, pair=pair)
+    alone = torch.zeros(70), torch.zeros(150)
+    lse, *grads = fixed_keys.fixed_keys_lse_fwd(q, k, torch.tensor(20.0), pair, *alone, True)
+    assert (lse == -torch.inf).all()
+    assert all((grad == 0).all() for grad in grads)

@@ -49,15 +49,19 @@ def check_rows_and_columns(
     ids: tuple[Tensor | None, Tensor | None],
     dlse: Tensor,
     normalize: bool = True,
+    pair: Tensor | None = None,
 ) -> None:
     scale = torch.tensor(s)
-    lse, *saved = similarity.similarity_lse_fwd(q, k, scale, *ids, normalize)
-    grads = similarity.similarity_lse_bwd(dlse, q, k, scale, *ids, *saved, normalize, ALL)
+    lse, *saved = similarity.similarity_lse_fwd(q, k, scale, pair, *ids, normalize)
+    grads = similarity.similarity_lse_bwd(dlse, q, k, scale, pair, *ids, *saved, normalize, ALL)
     assert normalize or not saved[2].numel() + saved[3].numel()
 
     inputs = [x.double().requires_grad_() for x in (q, k, scale)]
     rows, cols = (reference.normalize(x) if normalize else x for x in inputs[:2])
     logits = inputs[2] * rows @ cols.T
+    if pair is not None:
+        pairs = reference.normalize(pair.double()) if normalize else pair.double()
+        logits = logits - inputs[2] * (rows * pairs).sum(1, keepdim=True)
     if ids[0] is not None:
         logits = logits.masked_fill(ids[0][:, None] == ids[1], -torch.inf)
     exact = logits.logsumexp(1)
@@ -94,6 +98,29 @@ def test_rows_and_columns_whatever_the_cut(
     assert tiles.launch_config("bwd", *config)[1] == bwd_splits
     q, k = torch.randn(M, D), torch.randn(N, D)
     check_rows_and_columns(q, k, scale, (None, None), torch.rand(M), normalize)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(
+    ("multiprocessors", "M", "D"),
+    [(1, 70, 20), (40, 9, 20), (1, 20, 300), (40, 9, 300)],
+    indirect=["multiprocessors"],
+)
+def test_the_score_of_a_pair_is_taken_off(multiprocessors, M: int, D: int, normalize) -> None:
+    k, dlse = torch.randn(150, D), torch.randn(M)
+    pair, wide = torch.randn(M, D), torch.randn(D, M).T
+    s = 20.0 if normalize else 1.0
+    ids = torch.arange(M) % 5, torch.arange(150) % 7
+    for dtype in TOLERANCE:
+        q = (pair + torch.randn(M, D)).to(dtype)
+        for each in (pair, wide):
+            check_rows_and_columns(q, k.to(dtype), s, ids, dlse, normalize, each.to(dtype))
+    alone = torch.zeros(M), torch.zeros(150)
+    given = (pair.flip(0), k, torch.tensor(s), pair, *alone)
+    lse, *saved = similarity.similarity_lse_fwd(*given, normalize)
+    grads = similarity.similarity_lse_bwd(dlse, *given, *saved, normalize, ALL)
+    assert (lse == -torch.inf).all()
+    assert all((grad == 0).all() for grad in grads)
 
 
 @pytest.mark.parametrize(("M", "D", "length"), [(40, 20, 300.0), (9, 300, 0.01)])

@@ -145,6 +145,37 @@ def test_own_keys_are_as_exact_as_promised(target: Target, mean: float, temperat
     )
 
 
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("apart", [1e-5, 1e-4, 1e-3])
+def test_close_cosines_are_as_exact_as_promised(
+    target: Target, apart: float, trained: bool
+) -> None:
+    """The loss is a difference of nearly equal scores, its gradient one of nearly equal rows."""
+    for temperature in (0.5, 0.1, 0.03):
+        row = torch.randn(1, 12)
+        query = row * (1 + torch.rand(16, 1)) + apart * torch.randn(16, 12)
+        positive, keys = (row + apart * torch.randn(n, 12) for n in (16, 40))
+        query, positive, keys = (x.to(target.device) for x in (query, positive, keys))
+
+        def loss(q, p, k=keys, temperature=temperature):
+            return functional.info_nce(q, p, k, temperature, backend=target.backend)
+
+        def plain(q, p, k=keys, temperature=temperature):
+            return reference.info_nce(q, p, k.to(q.dtype), temperature)
+
+        check_accuracy(loss, plain, [query, positive, *([keys] if trained else [])])
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.5])
+def test_identical_rows_are_told_apart_by_chance(target: Target, temperature: float) -> None:
+    x = torch.randn(1, 16, device=target.device).expand(64, 16).contiguous()
+    value = functional.info_nce(x, x, x[:1], temperature, backend=target.backend)
+    assert value.item() == pytest.approx(math.log(2), abs=1e-6)
+    loss = fastssl.NTXentLoss(temperature, (63, 16), backend=target.backend).to(target.device)
+    loss.memory_bank.bank.copy_(reference.normalize(x[:1]))
+    assert loss(x, x).item() == pytest.approx(math.log(64), abs=1e-6)
+
+
 @pytest.mark.parametrize("trained", ["query", "positive", "temperature"])
 def test_a_queue_may_change_before_the_backward_pass(target: Target, trained: str) -> None:
     def gradient(change: bool) -> Tensor:

@@ -50,6 +50,7 @@ def operators(
     target: Target, with_ids: bool
 ) -> dict[str, tuple[Callable[..., object], tuple[object, ...]]]:
     q, k = (x.requires_grad_() for x in rows(target, 6, 6, 4))
+    p = torch.randn_like(q).requires_grad_()
     s, b = (torch.tensor(x, device=target.device, requires_grad=True) for x in (3.0, -2.0))
     ids = torch.arange(6, device=target.device) // 2 if with_ids else None
     classes = torch.arange(6, device=target.device) % 3
@@ -57,12 +58,14 @@ def operators(
     to = target.backend
     fixed, sigmoids = fixed_keys._fixed_keys_lse, sigmoid._sigmoid_sum
     return {
-        "rows": (similarity._similarity_lse, (q, k, s, ids, ids, True, to)),
-        "rows as they are": (similarity._similarity_lse, (q, k, s, ids, ids, False, to)),
-        "fixed keys": (fixed, (q, k.detach(), s, ids, ids, True, to)),
+        "rows": (similarity._similarity_lse, (q, k, s, None, ids, ids, True, to)),
+        "rows and pairs": (similarity._similarity_lse, (q, k, s, p, ids, ids, True, to)),
+        "rows as they are": (similarity._similarity_lse, (q, k, s, p, ids, ids, False, to)),
+        "fixed keys": (fixed, (q, k.detach(), s, None, ids, ids, True, to)),
+        "fixed keys and pairs": (fixed, (q, k.detach(), s, p, ids, ids, True, to)),
         "fixed keys, no gradient": (
             fixed,
-            (q.detach(), k.detach(), s.detach(), ids, ids, False, to),
+            (q.detach(), k.detach(), s.detach(), None, ids, ids, False, to),
         ),
         "pairs": (pairs._pair_lse, (q[:3], k, s, ids, 2, False, True, to)),
         "pairs both sides": (pairs._pair_lse, (q, k, s, ids, 0, True, False, to)),

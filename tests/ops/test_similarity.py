@@ -54,6 +54,27 @@ def test_pairs_with_equal_ids_are_left_out(target: Target, scale: float) -> None
     check_accuracy(fused(target, *ids), plain, [q, k, s], torch.randn(45, device=target.device))
 
 
+@pytest.mark.parametrize("with_ids", [False, True])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_the_score_of_a_pair_is_taken_off(target: Target, fixed: bool, with_ids: bool) -> None:
+    for m, n, d in shapes(target):
+        if with_ids and n < 6:
+            continue
+        q, k = rows(target, m, n, d)
+        s, pair = torch.tensor(20.0, device=target.device), q + torch.randn_like(q)
+        ids = [torch.arange(size, device=target.device) % 5 for size in (m, n)]
+        ids = ids if with_ids else [None, None]
+
+        def loss(q, s, pair, k=k, ids=tuple(ids)):
+            return similarity.similarity_lse(q, k, s, *ids, pair=pair, backend=target.backend)
+
+        def plain(q, s, pair, k=k, ids=tuple(ids)):
+            return reference.similarity_lse(q, k.to(q.dtype), s, *ids, pair=pair)
+
+        inputs = [q, s, pair, *([] if fixed else [k])]
+        check_accuracy(loss, plain, inputs, torch.randn_like(q[:, 0]))
+
+
 @pytest.mark.parametrize("fixed", [False, True])
 def test_a_row_that_sees_nothing_is_minus_infinity_without_gradient(
     target: Target, fixed: bool
