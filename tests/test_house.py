@@ -152,6 +152,32 @@ def test_the_torch_backend_never_imports_triton(tmp_path: Path) -> None:
     )
 
 
+FIRST_CALLS = """
+import sys
+import torch, fastssl
+from fastssl import functional as f
+x, y = torch.randn(2, 8, 4).unbind()
+steps = [
+    lambda x, y: f.nt_xent(x, y), lambda x, y: f.info_nce(x, y), lambda x, y: f.dcl(x, y),
+    lambda x, y: f.info_nce(x, y, x), lambda x, y: f.info_nce(x, y, torch.eye(4)),
+    lambda x, y: f.supcon(torch.stack([x, y], 1)), lambda x, y: f.clip(x, y),
+    lambda x, y: f.siglip(x, y), lambda x, y: f.barlow_twins(x, y), lambda x, y: f.vicreg(x, y),
+    lambda x, y: f.swav([x, y]), lambda x, y: f.negative_cosine_similarity(x, y),
+]
+before = set(sys.modules)
+for step in steps:
+    leaf = x.clone().requires_grad_()
+    step(leaf, y).backward()
+    assert leaf.grad.any()
+print(*sorted(name for name in set(sys.modules) - before if not name.startswith("fastssl")))
+"""
+
+
+def test_the_first_call_of_a_loss_imports_nothing(tmp_path: Path) -> None:
+    """The compiler, with what it needs, would take a second and more and 150 MB."""
+    assert run_python(FIRST_CALLS, cwd=tmp_path).split() == []
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("wheel")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastssl.ops.backend import launchers
+from fastssl.ops.registration import differentiate, fake_of, operator, operator_without_derivative
 
 # The dual route takes N / D of the operations. `fastssl bench --losses routes` measures both: on a
 # CPU it is the faster from D = 1.5 N on in every row, and the other up to D = N in most.
@@ -47,7 +48,7 @@ def takes_dual_route(rows: int, features: int) -> bool:
     return DUAL_COST * rows < features
 
 
-@torch.library.custom_op("fastssl::cross_energy", mutates_args=())
+@operator
 def _cross_energy(
     u: Tensor,
     v: Tensor | None,
@@ -61,7 +62,7 @@ def _cross_energy(
         return launchers(backend, "energy").cross_energy_fwd(u, v, eps, standardize, dual, save)
 
 
-@torch.library.custom_op("fastssl::cross_energy_bwd", mutates_args=())
+@operator_without_derivative
 def _cross_energy_bwd(
     denergy: Tensor,
     ddiagonal: Tensor,
@@ -87,7 +88,7 @@ def _cross_energy_bwd(
     return [grad for grad in grads if grad is not None]
 
 
-@_cross_energy.register_fake
+@fake_of(_cross_energy)
 def _cross_energy_fake(
     u: Tensor,
     v: Tensor | None,
@@ -106,7 +107,7 @@ def _cross_energy_fake(
     return tuple(u.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
-@_cross_energy_bwd.register_fake
+@fake_of(_cross_energy_bwd)
 def _cross_energy_bwd_fake(
     denergy: Tensor, ddiagonal: Tensor, u: Tensor, v: Tensor | None, *rest: Any
 ) -> list[Tensor]:
@@ -134,4 +135,4 @@ def _gradient(
     return (*(next(grads) if need else None for need in needs), None, None, None, None, None)
 
 
-_cross_energy.register_autograd(_gradient, setup_context=_save)
+differentiate(_cross_energy, _gradient, _save)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastssl.ops.backend import launchers
+from fastssl.ops.registration import differentiate, fake_of, operator, operator_without_derivative
 from fastssl.streaming.tiles import pair_gradient
 
 
@@ -43,7 +44,7 @@ def fixed_keys_lse(
     return lse
 
 
-@torch.library.custom_op("fastssl::fixed_keys_lse", mutates_args=())
+@operator
 def _fixed_keys_lse(
     q: Tensor,
     k: Tensor,
@@ -60,7 +61,7 @@ def _fixed_keys_lse(
         )
 
 
-@torch.library.custom_op("fastssl::fixed_keys_lse_bwd", mutates_args=())
+@operator_without_derivative
 def _fixed_keys_lse_bwd(
     dlse: Tensor,
     q: Tensor,
@@ -83,7 +84,7 @@ def _fixed_keys_lse_bwd(
     return grads
 
 
-@_fixed_keys_lse.register_fake
+@fake_of(_fixed_keys_lse)
 def _fixed_keys_lse_fake(
     q: Tensor,
     k: Tensor,
@@ -100,7 +101,7 @@ def _fixed_keys_lse_fake(
     return lse, scale.new_empty(0, 0), scale.new_empty(0)
 
 
-@_fixed_keys_lse_bwd.register_fake
+@fake_of(_fixed_keys_lse_bwd)
 def _fixed_keys_lse_bwd_fake(
     dlse: Tensor,
     q: Tensor,
@@ -131,4 +132,4 @@ def _multiply_gradients(ctx: Any, dlse: Tensor, *_: Tensor) -> tuple[Tensor | No
     return dq, None, dscale, dpair, *(None for _ in others)
 
 
-_fixed_keys_lse.register_autograd(_multiply_gradients, setup_context=_keep_gradients)
+differentiate(_fixed_keys_lse, _multiply_gradients, _keep_gradients)

@@ -6,8 +6,8 @@ A backend's launchers do the work (``kernels/pairs.py``, ``streaming/pairs.py``)
 import torch
 from torch import Tensor
 
-from fastssl.ops.autograd import connect
 from fastssl.ops.backend import launchers
+from fastssl.ops.registration import connect, fake_of, operator, operator_without_derivative
 
 
 def pair_lse(
@@ -45,7 +45,7 @@ def pair_lse(
     return rows, cols
 
 
-@torch.library.custom_op("fastssl::pair_lse", mutates_args=())
+@operator
 def _pair_lse(
     q: Tensor,
     k: Tensor,
@@ -60,7 +60,7 @@ def _pair_lse(
         return launchers(backend, "pairs").pair_lse_fwd(q, k, scale, ids, first, columns, normalize)
 
 
-@torch.library.custom_op("fastssl::pair_lse_bwd", mutates_args=())
+@operator_without_derivative
 def _pair_lse_bwd(
     drows: Tensor,
     dcols: Tensor,
@@ -88,7 +88,7 @@ def _pair_lse_bwd(
     return [grad for grad in grads if grad is not None]
 
 
-@_pair_lse.register_fake
+@fake_of(_pair_lse)
 def _pair_lse_fake(
     q: Tensor,
     k: Tensor,

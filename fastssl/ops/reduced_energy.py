@@ -14,6 +14,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from fastssl.distributed import Group
+from fastssl.ops.registration import operator_without_derivative
 
 PANEL = 2**22  # numbers of a panel of c
 
@@ -89,15 +90,15 @@ class _ReducedEnergy(torch.autograd.Function):
         grads: list[Tensor | None] = [None, None]
         for i, (x, other) in enumerate(((u, v), (v, u))):
             if ctx.needs_input_grad[i]:
-                grads[i] = _gradient(
+                grads[i] = _reduced_energy_bwd(
                     denergy, ddiagonal, x, other, moments if i == 0 else moments.flip(0), diagonal,
                     squares[i], sums[i], ctx.samples, ctx.standardize,
                 )  # fmt: skip
         return *grads, None, None, None, None, None, None
 
 
-@torch.library.custom_op("fastssl::reduced_energy_bwd", mutates_args=())
-def _gradient(
+@operator_without_derivative
+def _reduced_energy_bwd(
     denergy: Tensor,
     ddiagonal: Tensor,
     x: Tensor,

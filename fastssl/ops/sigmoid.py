@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastssl.ops.backend import launchers
+from fastssl.ops.registration import differentiate, fake_of, operator, operator_without_derivative
 from fastssl.streaming.memory import fresh_like
 
 
@@ -45,7 +46,7 @@ def sigmoid_sum(
     return total
 
 
-@torch.library.custom_op("fastssl::sigmoid_sum", mutates_args=())
+@operator
 def _sigmoid_sum(
     q: Tensor,
     k: Tensor,
@@ -65,7 +66,7 @@ def _sigmoid_sum(
     return (terms.sum(), *nothing)
 
 
-@torch.library.custom_op("fastssl::sigmoid_sum_bwd", mutates_args=())
+@operator_without_derivative
 def _sigmoid_sum_bwd(
     dtotal: Tensor, inputs: list[Tensor], grads: list[Tensor], needs: list[bool], backend: str
 ) -> list[Tensor]:
@@ -76,7 +77,7 @@ def _sigmoid_sum_bwd(
     ]
 
 
-@_sigmoid_sum.register_fake
+@fake_of(_sigmoid_sum)
 def _sigmoid_sum_fake(
     q: Tensor,
     k: Tensor,
@@ -92,7 +93,7 @@ def _sigmoid_sum_fake(
     return (scale.new_empty(()), *grads)
 
 
-@_sigmoid_sum_bwd.register_fake
+@fake_of(_sigmoid_sum_bwd)
 def _sigmoid_sum_bwd_fake(
     dtotal: Tensor, inputs: list[Tensor], grads: list[Tensor], needs: list[bool], backend: str
 ) -> list[Tensor]:
@@ -113,4 +114,4 @@ def _multiply(ctx: Any, dtotal: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]
     return (*(next(found) if need else None for need in needs), None, None, None, None)
 
 
-_sigmoid_sum.register_autograd(_multiply, setup_context=_save)
+differentiate(_sigmoid_sum, _multiply, _save)

@@ -9,9 +9,9 @@ because the backward operators have none.
 import torch
 from torch import Tensor
 
-from fastssl.ops.autograd import connect
 from fastssl.ops.backend import launchers
 from fastssl.ops.fixed_keys import fixed_keys_lse
+from fastssl.ops.registration import connect, fake_of, operator, operator_without_derivative
 from fastssl.streaming.tiles import pair_gradient
 
 
@@ -80,7 +80,7 @@ def class_lse(
     return lse
 
 
-@torch.library.custom_op("fastssl::similarity_lse", mutates_args=())
+@operator
 def _similarity_lse(
     q: Tensor,
     k: Tensor,
@@ -97,7 +97,7 @@ def _similarity_lse(
         )
 
 
-@torch.library.custom_op("fastssl::similarity_lse_bwd", mutates_args=())
+@operator_without_derivative
 def _similarity_lse_bwd(
     dlse: Tensor,
     q: Tensor,
@@ -127,7 +127,7 @@ def _similarity_lse_bwd(
     return [grad for grad in grads if grad is not None]
 
 
-@torch.library.custom_op("fastssl::class_lse", mutates_args=())
+@operator
 def _class_lse(
     z: Tensor, scale: Tensor, classes: Tensor, weights: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -135,7 +135,7 @@ def _class_lse(
         return launchers(backend, "similarity").class_lse_fwd(z, scale, classes, weights)
 
 
-@torch.library.custom_op("fastssl::class_lse_bwd", mutates_args=())
+@operator_without_derivative
 def _class_lse_bwd(
     dlse: Tensor,
     z: Tensor,
@@ -155,7 +155,7 @@ def _class_lse_bwd(
     return [grad for grad in grads if grad is not None]
 
 
-@_similarity_lse.register_fake
+@fake_of(_similarity_lse)
 def _similarity_lse_fake(
     q: Tensor,
     k: Tensor,
@@ -170,7 +170,7 @@ def _similarity_lse_fake(
     return (*(scale.new_empty(q.shape[0]) for _ in range(3)), *rnorms)
 
 
-@_class_lse.register_fake
+@fake_of(_class_lse)
 def _class_lse_fake(
     z: Tensor, scale: Tensor, classes: object, weights: object, backend: str
 ) -> tuple[Tensor, ...]:

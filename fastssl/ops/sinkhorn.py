@@ -9,6 +9,7 @@ from torch import distributed as dist
 
 from fastssl.distributed import Group
 from fastssl.ops.backend import launchers
+from fastssl.ops.registration import fake_of, operator_without_derivative
 
 
 def sinkhorn(
@@ -52,12 +53,12 @@ def sinkhorn(
         return launch(scores, epsilon, iterations, samples, reduce)
 
 
-@torch.library.custom_op("fastssl::sinkhorn", mutates_args=())
+@operator_without_derivative
 def _sinkhorn(scores: Tensor, epsilon: float, iterations: int, backend: str) -> Tensor:
     with torch.autocast(scores.device.type, enabled=False):
         return launchers(backend, "sinkhorn").sinkhorn_fwd(scores, epsilon, iterations)
 
 
-@_sinkhorn.register_fake
+@fake_of(_sinkhorn)
 def _sinkhorn_fake(scores: Tensor, epsilon: float, iterations: int, backend: str) -> Tensor:
     return scores.new_empty(scores.shape)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastssl.ops.backend import launchers
+from fastssl.ops.registration import differentiate, fake_of, operator, operator_without_derivative
 
 
 def soft_cross_entropy(
@@ -30,7 +31,7 @@ def soft_cross_entropy(
     return loss
 
 
-@torch.library.custom_op("fastssl::soft_cross_entropy", mutates_args=())
+@operator
 def _soft_cross_entropy(
     logits: Tensor, targets: Tensor, temperature: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,7 +40,7 @@ def _soft_cross_entropy(
         return launch(logits, targets, temperature)
 
 
-@torch.library.custom_op("fastssl::soft_cross_entropy_bwd", mutates_args=())
+@operator_without_derivative
 def _soft_cross_entropy_bwd(
     dloss: Tensor,
     logits: Tensor,
@@ -54,7 +55,7 @@ def _soft_cross_entropy_bwd(
         return launch(dloss, logits, targets, top, total, temperature)
 
 
-@_soft_cross_entropy.register_fake
+@fake_of(_soft_cross_entropy)
 def _soft_cross_entropy_fake(
     logits: Tensor, targets: Tensor, temperature: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,7 +64,7 @@ def _soft_cross_entropy_fake(
     return loss, top, total
 
 
-@_soft_cross_entropy_bwd.register_fake
+@fake_of(_soft_cross_entropy_bwd)
 def _soft_cross_entropy_bwd_fake(dloss: Tensor, logits: Tensor, *_: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
@@ -79,4 +80,4 @@ def _gradient(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     return dlogits, None, None, None
 
 
-_soft_cross_entropy.register_autograd(_gradient, setup_context=_save)
+differentiate(_soft_cross_entropy, _gradient, _save)

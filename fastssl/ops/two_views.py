@@ -6,8 +6,8 @@ A backend's launchers do the work (``kernels/two_views.py``, ``streaming/two_vie
 import torch
 from torch import Tensor
 
-from fastssl.ops.autograd import connect
 from fastssl.ops.backend import launchers
+from fastssl.ops.registration import connect, fake_of, operator, operator_without_derivative
 from fastssl.streaming.tiles import TILE
 
 
@@ -36,7 +36,7 @@ def two_view_lse(
     return lse
 
 
-@torch.library.custom_op("fastssl::two_view_lse", mutates_args=())
+@operator
 def _two_view_lse(
     z0: Tensor, z1: Tensor, scale: Tensor, ids: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -44,7 +44,7 @@ def _two_view_lse(
         return launchers(backend, "two_views").two_view_lse_fwd(z0, z1, scale, ids)
 
 
-@torch.library.custom_op("fastssl::two_view_lse_bwd", mutates_args=())
+@operator_without_derivative
 def _two_view_lse_bwd(
     dlse: Tensor,
     z0: Tensor,
@@ -64,7 +64,7 @@ def _two_view_lse_bwd(
     return [grad for grad in grads if grad is not None]
 
 
-@_two_view_lse.register_fake
+@fake_of(_two_view_lse)
 def _two_view_lse_fake(
     z0: Tensor, z1: Tensor, scale: Tensor, ids: object, backend: str
 ) -> tuple[Tensor, ...]:

@@ -355,7 +355,7 @@ def test_autocast_changes_nothing(loss: str, target: Target) -> None:
 def test_second_derivatives_raise(loss: str, target: Target) -> None:
     z_a, z_b = (z.requires_grad_() for z in views(target, 6, 4, torch.float32))
     (grad,) = torch.autograd.grad(fused(loss, target)(z_a, z_b), z_a, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula"):
+    with pytest.raises(RuntimeError, match="has no derivative"):
         grad.square().sum().backward()
 
 

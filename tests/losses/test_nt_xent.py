@@ -313,7 +313,7 @@ def test_second_derivatives_raise(target: Target) -> None:
     z0, z1 = (z.requires_grad_() for z in views(target, 6, 4, torch.float32))
     loss = functional.nt_xent(z0, z1, backend=target.backend)
     (grad,) = torch.autograd.grad(loss, z0, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula"):
+    with pytest.raises(RuntimeError, match="has no derivative"):
         grad.square().sum().backward()
 
 

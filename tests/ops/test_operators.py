@@ -104,5 +104,5 @@ def test_second_derivatives_are_never_silently_zero(name: str) -> None:
     operator, (q, *others) = operators(Target("torch", "cpu"), False)[name]
     found = operator(q, *others)[0].sum()
     (grad,) = torch.autograd.grad(found, q, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula"):
+    with pytest.raises(RuntimeError, match="has no derivative"):
         (found + grad.square().sum()).backward()
