@@ -97,7 +97,7 @@ def _pair_weight_kernel(
     tl.store(weights_ptr + at, weights.to(weights_ptr.dtype.element_ty))
     if dscale_ptr is not None:
         block = (start // BLOCK_M + tl.program_id(0)) * tl.num_programs(1) + tl.program_id(1)
-        tl.store(dscale_ptr + block, tl.sum(tl.sum(weights * logits, 1), 0) * gain)
+        tl.store(dscale_ptr + block, tl.sum(weights * logits) * gain)
 
 
 @triton.jit

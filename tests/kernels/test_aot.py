@@ -1,14 +1,16 @@
-"""Every kernel compiles for every target, within its registers and shared memory."""
+"""Every kernel compiles for every target, inner loops in registers, within its shared memory."""
 
-import itertools
 import os
+import re
 import subprocess
 import sys
+from concurrent.futures import Executor, ThreadPoolExecutor
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
+aot = pytest.importorskip("fastssl.kernels.aot")
 energy_dual = pytest.importorskip("fastssl.kernels.energy_dual")
 energy_features = pytest.importorskip("fastssl.kernels.energy_features")
 energy_outliers = pytest.importorskip("fastssl.kernels.energy_outliers")
@@ -24,27 +26,21 @@ soft_cross_entropy = pytest.importorskip("fastssl.kernels.soft_cross_entropy")
 tiles = pytest.importorskip("fastssl.kernels.tiles")
 two_views = pytest.importorskip("fastssl.kernels.two_views")
 
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+every_target = pytest.mark.parametrize("target", list(aot.TARGETS))
+both_types = pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 
 
-def table(*options: str) -> list[str]:
-    """Print it in another process, since the interpreter replaces the compiler in this one."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "fastssl.kernels.aot", "--jobs", "2", *options]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    *rows, last = done.stdout.splitlines()
-    assert last == f"{len(rows)} kernels, 0 of them too large for their target"
-    return rows
+def fitting(compiler: Executor, target: str, *cases: object) -> set[str]:
+    """The kernels of these cases, each of which compiles and fits the target."""
+    compiled = [compiler.submit(aot.compile_case, target, case) for case in cases]
+    rows = {row for each in compiled for row in each.result()}
+    assert not {row for row in rows if not row.fits}
+    return {row.kernel for row in rows}
 
 
-def kernels(module: ModuleType) -> set[str]:
-    names = [name for name in vars(module) if name.endswith("_kernel")]
+def kernels(*modules: ModuleType) -> set[str]:
+    names = [name for module in modules for name in vars(module) if name.endswith("_kernel")]
     return {name.strip("_").removesuffix("_kernel") for name in names}
-
-
-def targets_and_kernels(rows: list[str]) -> set[tuple[str, str]]:
-    return {(row.split()[0], row.split()[4]) for row in rows}
 
 
 @pytest.mark.parametrize(
@@ -60,94 +56,156 @@ def test_tiles_are_chosen_by_what_a_gpu_is(
     assert gpu.target(torch.device("cuda")) == (arch, 132)
 
 
-def test_nt_xent_on_hopper_fits() -> None:
-    case = ("--dtype", "bfloat16", "--features", "128", "--rows", "65536", "--ids", "without")
-    primitive = ("--primitive", "similarity", "--launchers", "two_view")
-    assert table(*primitive, "--target", "sm_90", *case)
+def table(*options: str) -> list[str]:
+    """The lines of the command, which are of kernels that fit."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "fastssl.kernels.aot", *options]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    *rows, last = done.stdout.splitlines()
+    assert last == f"{len(rows)} kernels, 0 of them too much for their target"
+    return rows
 
 
-def test_barlow_twins_and_vicreg_on_hopper_fit() -> None:
-    case = ("--dtype", "bfloat16", "--features", "8192", "--rows", "1024")
-    assert table("--primitive", "energy", "--target", "sm_90", *case)
+def test_the_command_prints_what_each_kernel_needs() -> None:
+    case = ("--dtype", "bfloat16", "--features", "3000", "--target", "sm_90", "--jobs", "1")
+    rows = table("--primitive", "soft_cross_entropy", *case)
+    form = r"sm_90  bfloat16 D=3000 (bfloat16|float32) soft_cross_entropy_(fwd|bwd) .*"
+    form += r" \d+ registers +\d+ spilled +0 in loops +\d+\.\d KiB shared"
+    assert len(rows) == 4
+    assert all(re.fullmatch(form, row) for row in rows)
 
 
-def test_swav_on_hopper_fits() -> None:
-    case = ("--dtype", "bfloat16", "--features", "3000", "--rows", "4096")
-    assert table("--primitive", "sinkhorn", "soft_cross_entropy", "--target", "sm_90", *case)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("dtype", "features", "rows"),
+    ("needs", "fits"),
     [
-        ("bfloat16", "128", ["4096", "65536"]),
-        ("bfloat16", "512", ["65536"]),
-        ("float32", "128", ["65536"]),
+        ({"spilled": 56}, True),
+        ({"spilled": 8, "in_loops": 1}, False),
+        ({"shared": 227 * 1024}, True),
+        ({"shared": 228 * 1024}, False),
     ],
 )
-def test_every_kernel_fits_every_target(dtype: str, features: str, rows: list[str]) -> None:
-    """Ids take registers: the kernels with them are the larger ones."""
-    case = ("--dtype", dtype, "--features", features, "--rows", *rows, "--ids", "with")
-    case = ("--primitive", "similarity", "--launchers", "two_view", "similarity", *case)
-    compiled = targets_and_kernels(table(*case))
-    expected = kernels(tiles) | kernels(similarity) | kernels(two_views)
+def test_spills_in_inner_loops_and_shared_memory_are_too_much(
+    needs: dict[str, int],
+    fits: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def compiled(target: str, case: object) -> list:
+        row = {"registers": 255, "spilled": 0, "in_loops": 0, "shared": 1024, **needs}
+        return [aot.Row(target, case, "kernel", "64x64 4w 2s", **row)]
+
+    def executor(jobs: int, mp_context: object) -> Executor:
+        return ThreadPoolExecutor(jobs)
+
+    monkeypatch.setattr(aot, "compile_case", compiled)
+    monkeypatch.setattr(aot, "ProcessPoolExecutor", executor)
+    monkeypatch.setattr(sys, "argv", ["aot", "--target", "sm_90", "--primitive", "sigmoid"])
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")  # the command sets it
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(SystemExit) as exit_status:
+        aot.main()
+    assert exit_status.value.code == (not fits)
+    assert ("TOO MUCH" in capsys.readouterr().out) == (not fits)
+
+
+def test_nt_xent_on_hopper_fits(compiler: Executor) -> None:
+    fitting(compiler, "sm_90", aot.Similarity("bfloat16", 128, 65536, False, "two_view"))
+
+
+def test_barlow_twins_and_vicreg_on_hopper_fit(compiler: Executor) -> None:
+    cases = [aot.Energy("bfloat16", 8192, 1024, name, True) for name in ("barlow", "vicreg")]
+    fitting(compiler, "sm_90", *cases)
+
+
+def test_swav_on_hopper_fits(compiler: Executor) -> None:
+    codes = aot.Sinkhorn("bfloat16", 3000, 4096, 3)
+    losses = [aot.SoftCrossEntropy("bfloat16", 3000, 4096, x) for x in ("float32", "bfloat16")]
+    fitting(compiler, "sm_90", codes, *losses)
+
+
+# Ids take registers: the kernels with them are the larger ones.
+
+
+@pytest.mark.slow
+@every_target
+@pytest.mark.parametrize(
+    ("dtype", "features", "rows"),
+    [("bfloat16", 128, (4096, 65536)), ("bfloat16", 512, (65536,)), ("float32", 128, (65536,))],
+)
+def test_every_kernel_of_similarities_fits(
+    dtype: str, features: int, rows: tuple[int, ...], target: str, compiler: Executor
+) -> None:
+    cases = [
+        aot.Similarity(dtype, features, N, True, launchers)
+        for N in rows
+        for launchers in ("two_view", "similarity")
+    ]
+    expected = kernels(tiles, similarity, two_views)
     if len(rows) == 1:
         expected.remove("similarity_lse_bwd_finish")  # only few rows need it
-    assert compiled == set(itertools.product(TARGETS, expected))
+    assert fitting(compiler, target, *cases) == expected
 
 
 @pytest.mark.slow
-def test_every_kernel_of_classes_and_fixed_keys_fits_every_target() -> None:
-    case = ("--dtype", "bfloat16", "--features", "128", "--rows", "4096", "--ids", "with")
-    compiled = table("--primitive", "similarity", "--launchers", "class", "fixed_keys", *case)
-    expected = kernels(tiles) | kernels(similarity) | kernels(fixed_keys)
-    assert targets_and_kernels(compiled) == set(itertools.product(TARGETS, expected))
+@every_target
+def test_every_kernel_of_classes_and_fixed_keys_fits(target: str, compiler: Executor) -> None:
+    cases = [aot.Similarity("bfloat16", 128, 4096, True, x) for x in ("class", "fixed_keys")]
+    assert fitting(compiler, target, *cases) == kernels(tiles, similarity, fixed_keys)
 
 
 @pytest.mark.slow
-def test_every_kernel_of_pairs_fits_every_target() -> None:
-    case = ("--dtype", "bfloat16", "--features", "768", "--rows", "65536", "--ids", "with")
-    compiled = table("--primitive", "similarity", "--launchers", "pair", *case)
-    expected = kernels(tiles) | kernels(pairs) | {"similarity_lse_fwd"}
-    assert targets_and_kernels(compiled) == set(itertools.product(TARGETS, expected))
+@every_target
+def test_every_kernel_of_pairs_fits(target: str, compiler: Executor) -> None:
+    case = aot.Similarity("bfloat16", 768, 65536, True, "pair")
+    assert fitting(compiler, target, case) == kernels(tiles, pairs) | {"similarity_lse_fwd"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("dtype", "features"), [("bfloat16", ["256", "768"]), ("float32", ["768"])]
-)
-def test_every_sigmoid_kernel_fits_every_target(dtype: str, features: list[str]) -> None:
-    case = ("--dtype", dtype, "--features", *features, "--rows", "8192", "--ids", "with")
-    compiled = table("--primitive", "sigmoid", *case)
-    assert targets_and_kernels(compiled) == set(itertools.product(TARGETS, kernels(sigmoid)))
+@every_target
+@pytest.mark.parametrize(("dtype", "features"), [("bfloat16", (256, 768)), ("float32", (768,))])
+def test_every_sigmoid_kernel_fits(
+    dtype: str, features: tuple[int, ...], target: str, compiler: Executor
+) -> None:
+    cases = [aot.Sigmoid(dtype, D, 8192, True) for D in features]
+    assert fitting(compiler, target, *cases) == kernels(sigmoid)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_every_energy_kernel_fits_every_target(dtype: str) -> None:
-    compiled = table(
-        "--primitive", "energy", "--dtype", dtype, "--features", "8192", "--rows", "4096"
+@every_target
+@both_types
+def test_every_energy_kernel_fits(dtype: str, target: str, compiler: Executor) -> None:
+    cases = [
+        aot.Energy(dtype, 8192, 4096, name, dual)
+        for name in ("barlow", "vicreg")
+        for dual in (True, False)
+    ]
+    expected = kernels(
+        energy_dual, energy_features, energy_outliers, energy_statistics, energy_tiles
     )
-    modules = [energy_dual, energy_features, energy_outliers, energy_statistics, energy_tiles]
-    expected = set().union(*map(kernels, modules))
-    assert targets_and_kernels(compiled) == set(itertools.product(TARGETS, expected))
+    assert fitting(compiler, target, *cases) == expected
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_every_clustering_kernel_fits_every_target(dtype: str) -> None:
-    case = ("--dtype", dtype, "--features", "8192", "65536", "--rows", "4096")
-    compiled = table("--primitive", "sinkhorn", "soft_cross_entropy", *case)
-    expected = kernels(sinkhorn) | kernels(soft_cross_entropy)
-    assert targets_and_kernels(compiled) == set(itertools.product(TARGETS, expected))
+@every_target
+@both_types
+def test_every_clustering_kernel_fits(dtype: str, target: str, compiler: Executor) -> None:
+    """Rows that lie in one tile, and those that are walked."""
+    cases = [
+        case
+        for K in (8192, 65536)
+        for case in (
+            *(aot.Sinkhorn(dtype, K, 4096, iterations) for iterations in (0, 2)),
+            *(aot.SoftCrossEntropy(dtype, K, 4096, x) for x in ("float32", "bfloat16")),
+        )
+    ]
+    assert fitting(compiler, target, *cases) == kernels(sinkhorn, soft_cross_entropy)
 
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize(
-    "primitive", ["similarity", "sigmoid", "energy", "sinkhorn", "soft_cross_entropy"]
-)
+@every_target
+@pytest.mark.parametrize("primitive", list(aot.DEFAULTS))
 def test_every_launch_configuration_fits(primitive: str, target: str) -> None:
     """Of every width, type and number of rows that the command's own table has."""
     assert table("--primitive", primitive, "--target", target)
