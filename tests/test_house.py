@@ -5,6 +5,7 @@ import graphlib
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -122,6 +123,34 @@ def test_the_trainer_imports_downwards() -> None:
             _, *inside = name.split(".")
             if inside[:1] == ["trainer"] and inside[1:2] != part:
                 assert floor[inside[1]] < floor[part[0]], f"{source} must not import {name}"
+
+
+# Tested with those that use them, or by name elsewhere.
+TESTED_BY_OTHERS = {
+    "losses": {
+        *("image_text", "module", "multiplier", "negatives", "terms", "unit_rows", "whole_batch"),
+    },
+    "ops": {"backend", "energy", "reduced_energy", "registration", "ring", "sinkhorn", "two_views"},
+    "kernels": {
+        *("energy_dual", "energy_features", "energy_outliers", "energy_statistics"),
+        *("energy_tiles", "gpu", "tiles"),
+    },
+    "trainer": {"datasets", "environment", "experiments"},
+    "trainer/methods": {"barlow", "base", "simclr", "vicreg"},
+    "integrations": set(),
+}
+
+
+@pytest.mark.parametrize("folder", TESTED_BY_OTHERS)
+def test_a_test_file_is_found_from_the_file_it_tests(folder: str) -> None:
+    sources = (ROOT / "fastssl" / folder).glob("[!_]*.py")
+    tests = [path.stem for path in (ROOT / "tests" / folder).glob("test_*.py")]
+    untested = {
+        source.stem
+        for source in sources
+        if not any(re.search(rf"_{source.stem}(_|$)", test) for test in tests)
+    }
+    assert untested == TESTED_BY_OTHERS[folder]
 
 
 def run_python(code: str, **options) -> str:
