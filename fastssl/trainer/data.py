@@ -15,6 +15,7 @@ from torchvision import datasets
 from torchvision.transforms import v2
 
 from fastssl.trainer.datasets import STATISTICS
+from fastssl.trainer.environment import cores
 
 Item = tuple[Tensor, int]
 
@@ -291,7 +292,7 @@ def _whole(paths: list[Path]) -> list[Path]:
             return str(error) or type(error).__name__
         return ""
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         found = list(zip(paths, pool.map(damage, paths), strict=True))
     damaged = [(path, reason) for path, reason in found if reason]
     if damaged:

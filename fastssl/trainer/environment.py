@@ -11,6 +11,13 @@ import fastssl
 PACKAGES = ("triton", "torchvision", "numpy", "scikit-learn", "timm", "safetensors")
 
 
+def cores() -> int:
+    """The processor cores that this process may use, which may be fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def environment() -> dict[str, str]:
     """Versions and devices of this machine, by name."""
     found = {"fastssl": fastssl.__version__, "python": platform.python_version()}
@@ -21,9 +28,7 @@ def environment() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     found["platform"] = platform.platform()
-    found["cpu"] = (
-        f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    )
+    found["cpu"] = f"{platform.machine()}, {cores()} cores, {torch.get_num_threads()} threads"
     for i in range(torch.cuda.device_count()):
         found[f"cuda:{i}"] = torch.cuda.get_device_name(i)
     if torch.backends.mps.is_available():

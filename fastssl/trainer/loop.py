@@ -28,7 +28,7 @@ from fastssl.ops.backend import resolve
 from fastssl.trainer import augment, checkpoint, evaluate, networks, optim, parallel
 from fastssl.trainer.config import Config
 from fastssl.trainer.data import Data, load
-from fastssl.trainer.environment import environment
+from fastssl.trainer.environment import cores, environment
 from fastssl.trainer.methods import METHODS
 
 # Options that a resumed run may change: they say where and how it runs, not what it computes.
@@ -174,13 +174,12 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
         # Without an accelerator the workers and the network share the cores. The last bits of a
         # result depend on the number of threads, so a checkpoint remembers it.
-        cores = os.cpu_count() or 1
         on_cpu = self.device.type == "cpu"
-        default = min(8, max(1, (cores // 2 if on_cpu else cores) // self.ranks))
+        default = min(8, max(1, (cores() // 2 if on_cpu else cores()) // self.ranks))
         self.workers = default if config.workers is None else config.workers
         self.threads = torch.get_num_threads()
         if on_cpu:
-            self.threads = min(self.threads, max(1, cores - self.workers))
+            self.threads = min(self.threads, max(1, cores() - self.workers))
         self.step = 0
         self.history: list[dict[str, Any]] = []
         self.loss_sum, self.seconds = 0.0, 0.0  # of the current epoch

@@ -18,22 +18,29 @@ from torch import distributed as dist
 from fastssl.distributed import sum_over_ranks, world_size
 
 
+def launched() -> bool:
+    """Whether torchrun started several processes: a cluster may set RANK for a single one too."""
+    return int(os.environ.get("WORLD_SIZE") or 1) > 1
+
+
 def rank() -> int:
     """Which process this is, counted from 0, also before the processes have met."""
-    return dist.get_rank() if world_size() > 1 else int(os.environ.get("RANK", "0"))
+    if world_size() > 1:
+        return dist.get_rank()
+    return int(os.environ.get("RANK", "0")) if launched() else 0
 
 
 def local_device(device: torch.device) -> torch.device:
     """The GPU of this process, where a machine has several and none was named."""
-    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if device.type == "cuda" and device.index is None and launched():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return device
 
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
     """Meet the other processes, if torchrun started some and they have not met yet."""
-    if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if dist.is_initialized() or not launched():
         yield
         return
     if device.type == "cuda":

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import processes
@@ -127,6 +128,21 @@ def test_a_run_goes_on_in_one_process_and_in_two_again(
     assert (run / "backbone.safetensors").exists()
     events = [path.read_bytes() for path in (run / "tensorboard").iterdir()]
     assert len(events) == 3  # one for each time
+
+
+@pytest.mark.parametrize("world", [None, "", "1"])
+def test_a_single_process_is_the_lead_whatever_its_cluster_calls_it(
+    tiny: Callable[..., dict], monkeypatch: pytest.MonkeyPatch, world: str | None
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if world is not None:
+        monkeypatch.setenv("WORLD_SIZE", world)
+    assert parallel.local_device(torch.device("cuda")) == torch.device("cuda")
+    run = loop.pretrain(Config(**tiny(epochs=1)))
+    assert run.complete
+    assert (run.path / checkpoint.NAME).exists()
 
 
 def test_a_batch_that_does_not_divide_is_an_error(
