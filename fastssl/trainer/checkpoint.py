@@ -13,9 +13,14 @@ FORMAT = "fastssl checkpoint 1"
 NAME, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 
 
+def expanded(name: str | Path) -> Path:
+    """A path in which ~ is the user's folder."""
+    return Path(os.path.expanduser(name))
+
+
 def writable(name: str | Path) -> Path:
     """The folder of that name, made if need be."""
-    folder = Path(name)
+    folder = expanded(name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()

@@ -191,7 +191,7 @@ def load_backbone(path: str | Path, device: str | torch.device = "cpu") -> Any:
     """
     from safetensors import SafetensorError, safe_open
 
-    path = Path(path)
+    path = checkpoint.expanded(path)
     if path.is_dir():
         run, path = path, path / "backbone.safetensors"
         if (run / "config.yaml").is_file() and not path.is_file():

@@ -226,7 +226,7 @@ def reproduce(
     if labels is None:
         labels = experiment.labels
     ask = Ask(dataset, method or (*experiment.methods, "")[0], labels)
-    out = Path(out or f"runs/{experiment.name}-{dataset}")
+    out = checkpoint.expanded(out or f"runs/{experiment.name}-{dataset}")
     started, whole = time.perf_counter(), data.load(dataset, data_dir)
 
     found = Found()
