@@ -263,9 +263,10 @@ def refuse_other_data(run: Path) -> None:
 def load_data(run: Path, data_dir: Path | None = None) -> Data:
     """The data set of a run, from where it lies now if that is another folder."""
     refuse_other_data(run)
-    config = run_config(run)
-    where = data_dir or config.data_dir
-    return data.load(config.dataset, where, config.image_size, config.damaged)
+    found = data.of_config(run_config(run), data_dir)
+    for note in found.notes:
+        print(note)
+    return found
 
 
 def device_for(config: Config) -> torch.device:
@@ -318,7 +319,7 @@ def evaluate_run(
             that many.
     """
     started = time.perf_counter()
-    run = Path(run)
+    run = checkpoint.expanded(run)
     config = run_config(run)
     device = device_for(config)
     pretrained = networks.load_backbone(run, device)

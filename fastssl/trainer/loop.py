@@ -27,7 +27,7 @@ from fastssl.distributed import gather_rows, world_size
 from fastssl.ops.backend import resolve
 from fastssl.trainer import augment, checkpoint, evaluate, networks, optim, parallel
 from fastssl.trainer.config import Config
-from fastssl.trainer.data import Data, load
+from fastssl.trainer.data import Data, of_config
 from fastssl.trainer.environment import cores, environment
 from fastssl.trainer.methods import METHODS
 
@@ -132,9 +132,7 @@ class Trainer:
         if self.given:
             self.again = "the same call of pretrain and resume=True"
         with parallel.lead_first():  # who downloads what is not there
-            self.data = data or load(
-                config.dataset, config.data_dir, config.image_size, config.damaged
-            )
+            self.data = data or of_config(config)
         method = METHODS[config.method]
         self.images = self.data.train if method.labelled else self.data.pretrain
         if self.images is None:
@@ -204,6 +202,8 @@ class Trainer:
             f"{config.backbone} and head of {parameters / 1e6:.2f} M parameters, "
             f"{config.epochs} epochs of {self.per_epoch} steps on {self.device}{processes}"
         )
+        for line in self.data.described():
+            self.say(line)
         if self.step:
             self.say(f"continuing {self.out} at step {self.step} of {self.steps}")
         progress = Progress(

@@ -28,7 +28,8 @@ from torchvision.utils import make_grid
 
 from fastssl.trainer import augment, checkpoint, evaluate, networks
 from fastssl.trainer.config import Config
-from fastssl.trainer.data import Data, Files, Item
+from fastssl.trainer.data import Data, Item
+from fastssl.trainer.folders import Files
 from fastssl.trainer.methods import METHODS
 
 # Petroff 2021 (arXiv:2107.02270): ten colours that people with any colour vision tell apart.
@@ -138,7 +139,7 @@ def write_report(run: Path, *, data: Data | None = None, data_dir: Path | None =
     Raises:
         ValueError: The folder is not a run, or a file in it is damaged.
     """
-    run = Path(run)
+    run = checkpoint.expanded(run)
     config = evaluate.run_config(run)
     history, results = _history(run), evaluate.read_results(run)
     images = data or evaluate.load_data(run, data_dir)

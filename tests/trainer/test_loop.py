@@ -421,6 +421,22 @@ def unlabelled(tmp_path):
     return {**options, **small, "out": str(tmp_path / "run")}
 
 
+def test_a_run_begins_with_the_classes_and_what_was_left_out(unlabelled, tmp_path, capsys):
+    for i, label in enumerate(("cat", "dog", ".ipynb_checkpoints") * 5):
+        (tmp_path / "images" / label).mkdir(parents=True, exist_ok=True)
+        Image.new("L", (9, 9), i).save(tmp_path / "images" / label / f"{i}.png")
+    (tmp_path / "images" / "notes.txt").write_text("about them")
+    pretrain(Config(**{**unlabelled, "data_dir": str(tmp_path / "images"), "knn_every": 0}))
+    started, *told = capsys.readouterr().out.splitlines()[:5]
+    assert started.startswith("simclr on folder: 8 images")
+    assert told == [
+        "2 classes, with images to train on + to test on: cat 4 + 1, dog 4 + 1",
+        "left out, no images: .txt (1)",
+        "left out, hidden: .ipynb_checkpoints (1)",
+        "splits: every fifth image of a class is to test on",
+    ]
+
+
 def test_a_folder_without_labels_trains_without_knn(unlabelled):
     run = pretrain(Config(**unlabelled))
     assert run.history[0]["knn_accuracy"] is None

@@ -13,7 +13,7 @@ from PIL import Image
 
 from fastssl.trainer import data, evaluate, networks, report
 from fastssl.trainer.config import Config
-from fastssl.trainer.data import Files
+from fastssl.trainer.folders import Files
 from fastssl.trainer.methods import METHODS
 
 
