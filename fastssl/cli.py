@@ -92,9 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"pip install '.[{extra}]'"
         )
     except (ValueError, OSError, FloatingPointError) as error:
-        # An error in a DataLoader's worker ends with the message, after the worker's traceback.
-        text = str(error).strip() or type(error).__name__
-        reason = text.splitlines()[-1].removeprefix("ValueError: ")
+        from fastssl.trainer import guard
+
+        reason = guard.reason(error)
     except KeyboardInterrupt:
         reason = "interrupted"
     print(f"fastssl: error: {reason}", file=sys.stderr)

@@ -47,13 +47,13 @@ def write(path: Path, content: bytes | memoryview) -> None:
         ) from error
 
 
-def save(folder: Path, state: dict[str, Any]) -> None:
-    """Write the folder's checkpoint and keep the one before it."""
+def save(folder: Path, state: dict[str, Any], *, keep: bool = True) -> None:
+    """Write the folder's checkpoint, and keep the one before it unless told otherwise."""
     content = io.BytesIO()
     torch.save({"format": FORMAT, **state}, content)
     fresh = folder / (NAME + ".new")
     write(fresh, content.getbuffer())
-    if (folder / NAME).exists():
+    if keep and (folder / NAME).exists():
         os.replace(folder / NAME, folder / PREVIOUS)
     os.replace(fresh, folder / NAME)
 

@@ -260,8 +260,11 @@ class Config:
 
     def save(self, path: str | Path) -> None:
         """Write the options to a YAML file, whole or not at all."""
-        text = yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
-        checkpoint.write(Path(path), text.encode())
+        checkpoint.write(Path(path), self.text())
+
+    def text(self) -> bytes:
+        """The content of that file."""
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False).encode()
 
 
 def presets() -> list[str]:

@@ -1,5 +1,7 @@
 """The data sets: every one as uint8 images and whole-number labels."""
 
+import hashlib
+import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset, Subset
 from torchvision import datasets
 
@@ -46,6 +49,37 @@ def labels_of(split: Any) -> Tensor | None:
         return torch.as_tensor([label for _, label in split])
     labels = getattr(split, "labels", getattr(split, "targets", None))
     return None if labels is None else torch.as_tensor(labels)
+
+
+def in_memory(split: Any) -> bool:
+    """Whether nothing has to be read or decoded for an image."""
+    while isinstance(split, Subset):
+        split = split.dataset
+    return isinstance(split, (Images, list, tuple))
+
+
+def checksum(split: Any) -> str | None:
+    """What tells a data set from another of its size, if no image has to be read for it.
+
+    It is made of the names of files, or of some hundred images in memory.
+    """
+    if isinstance(split, Subset):
+        of_all = checksum(split.dataset)
+        if of_all is None:
+            return None
+        parts: list[Any] = [of_all, *split.indices]
+    elif isinstance(split, folders.Files):
+        parts = [*split.names()]
+    elif in_memory(split):
+        some = range(0, len(split), max(1, len(split) // 500))
+        parts = [part for i in some for part in tree_leaves(split[i])]
+    else:
+        return None
+    found = hashlib.sha256()
+    for part in parts:
+        is_tensor = isinstance(part, Tensor)
+        found.update(part.numpy().tobytes() if is_tensor else os.fsencode(f"{part}\0"))
+    return found.hexdigest()
 
 
 @dataclass

@@ -18,6 +18,12 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def default_workers(device: torch.device, ranks: int = 1) -> int:
+    """How many processes read images, for each of several that train."""
+    free = cores() // 2 if device.type == "cpu" else cores()  # the network needs some too
+    return min(8, max(1, free // ranks))
+
+
 def environment() -> dict[str, str]:
     """Versions and devices of this machine, by name."""
     found = {"fastssl": fastssl.__version__, "python": platform.python_version()}

@@ -36,8 +36,10 @@ class Files(Dataset[tuple[Tensor, int]]):
     Photographs are turned as their EXIF data say.
     """
 
-    def __init__(self, paths: list[str], labels: list[int], size: int | None) -> None:
-        self.paths, self.labels = paths, labels
+    def __init__(
+        self, paths: list[str], labels: list[int], size: int | None, root: str = ""
+    ) -> None:
+        self.paths, self.labels, self.root = paths, labels, root
         self.resize = v2.Compose([v2.Resize(size), v2.CenterCrop(size)]) if size else None
 
     def __len__(self) -> int:
@@ -51,6 +53,10 @@ class Files(Dataset[tuple[Tensor, int]]):
             raise ValueError(f"{self.paths[index]} cannot be read as an image ({error})") from None
         image = v2.functional.pil_to_tensor(image)
         return (self.resize(image) if self.resize else image), self.labels[index]
+
+    def names(self) -> list[str]:
+        """The paths as seen from the root, the same on every system."""
+        return [path[len(self.root) :].replace(os.sep, "/").lstrip("/") for path in self.paths]
 
 
 @dataclass
@@ -118,7 +124,8 @@ def read(
         raise ValueError("; ".join([looked, *notes]))
 
     def files(chosen: Mapping[Parts, int], side: int | None) -> Files:
-        return Files([str(root.joinpath(*x)) for x in chosen], list(chosen.values()), side)
+        paths = [str(root.joinpath(*parts)) for parts in chosen]
+        return Files(paths, list(chosen.values()), side, str(root))
 
     unlabelled = dict.fromkeys(images, -1)
     if not labels:

@@ -5,6 +5,8 @@ gradients are averaged, and so all processes hold the same weights, those that o
 have come to. The first one, the lead, evaluates and writes files.
 """
 
+import datetime
+import functools
 import inspect
 import os
 from collections.abc import Iterator
@@ -52,23 +54,34 @@ def process_group(device: torch.device) -> Iterator[None]:
         dist.destroy_process_group()
 
 
+@functools.lru_cache(maxsize=1)
+def _patient(everyone: Any) -> Any:
+    """A group of all whose wait for one another ends with no usual timeout.
+
+    What is waited for in it is read from disks or networks: a data set, or its images.
+    """
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+
+
+def gathered(value: Any) -> list[Any]:
+    """What each process has for value, however long the others take to have it."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value, _patient(dist.group.WORLD))
+    return values
+
+
 @contextmanager
 def lead_first() -> Iterator[None]:
     """The lead goes through the block before the others do, who find what it left."""
-    if world_size() > 1 and rank() > 0:
-        dist.barrier()
-    yield
-    if world_size() > 1 and rank() == 0:
-        dist.barrier()
-
-
-def from_lead(value: Any) -> Any:
-    """What the lead has for value."""
-    if world_size() == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    if rank() > 0:
+        gathered(None)
+    try:
+        yield
+    finally:
+        if rank() == 0:
+            gathered(None)
 
 
 def mean(x: Tensor) -> Tensor:

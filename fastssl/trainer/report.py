@@ -511,8 +511,11 @@ def _embedding(run: Path, images: Data, config: Config) -> dict[str, Any]:
         return Subset(dataset, torch.randperm(len(dataset), generator=generator)[:most].tolist())
 
     gallery, queries = some(gallery, GALLERY), some(queries, QUERIES)
-    gallery_x, gallery_y = evaluate.extract(backbone, gallery, data=images, device=device)
-    x, y = evaluate.extract(backbone, queries, data=images, device=device)
+    workers = evaluate.workers_for(config, device)
+    (gallery_x, gallery_y), (x, y) = (
+        evaluate.extract(backbone, split, data=images, device=device, workers=workers)
+        for split in (gallery, queries)
+    )
     labelled = METHODS[config.method].labelled
     return _map(x, y, queries, images, labelled) | _neighbours(
         F.normalize(x) @ F.normalize(gallery_x).T, y, gallery_y, queries, gallery, images
