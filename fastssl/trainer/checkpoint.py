@@ -3,6 +3,7 @@
 import io
 import os
 import shlex
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,20 @@ def save(folder: Path, state: dict[str, Any], *, keep: bool = True) -> None:
     if keep and (folder / NAME).exists():
         os.replace(folder / NAME, folder / PREVIOUS)
     os.replace(fresh, folder / NAME)
+
+
+def keep(folder: Path, name: str) -> None:
+    """Keep the folder's newest checkpoint under a name of its own."""
+    newest, kept = folder / NAME, folder / f"checkpoint.{name}.pt"
+    if kept.exists() and kept.samefile(newest):
+        return
+    partial = kept.with_name(kept.name + ".partial")
+    partial.unlink(missing_ok=True)
+    try:
+        os.link(newest, partial)  # no file is ever changed, so that the two need no room
+    except OSError:  # some file systems have no links
+        shutil.copyfile(newest, partial)
+    os.replace(partial, kept)
 
 
 def latest(folder: Path) -> Path | None:

@@ -165,6 +165,12 @@ class Config:
     knn_every: int = _option(
         None, "epochs between nearest-neighbour checks, 0 for none (default by data set)", least=0
     )
+    keep_best: bool = _option(
+        False, "keep the checkpoint of the best nearest-neighbour check, as checkpoint.best.pt"
+    )
+    keep_every: int = _option(
+        0, "epochs between checkpoints that are kept, as checkpoint.epoch-N.pt, 0 for none", least=0
+    )
     out: str = _option(None, "folder of the run (default runs/METHOD-DATASET)")
 
     def __post_init__(self) -> None:

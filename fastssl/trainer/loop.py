@@ -27,9 +27,12 @@ from fastssl.trainer.data import Data, checksum, of_config
 from fastssl.trainer.environment import cores, default_workers, environment
 from fastssl.trainer.methods import METHODS
 
-LATER = {"checksum"}  # what early checkpoints do not have
+LATER = {"about", "checksum"}  # what early checkpoints do not have
 # Options that a resumed run may change: they say where and how it runs, not what it computes.
-FREE = ("data_dir", "damaged", "device", "out", "workers", "knn_every")
+FREE = (
+    *("data_dir", "damaged", "device", "out", "workers"),
+    *("knn_every", "keep_best", "keep_every"),
+)
 
 
 @dataclass
@@ -169,6 +172,13 @@ class Trainer:
 
         torch.manual_seed(config.seed)
         self.backbone = networks.build_backbone(config.backbone, self.data.channels, self.data.size)
+        self.about: dict[str, Any] = {
+            "architecture": config.backbone,
+            "channels": self.data.channels,
+            "size": self.data.size,
+            "mean": [float(x) for x in self.data.mean],
+            "std": [float(x) for x in self.data.std],
+        }
         self.layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
         self.method = method(self.backbone, config, len(self.images))
         self.method.to(self.device, memory_format=self.layout)
@@ -232,7 +242,7 @@ class Trainer:
         stopped = False
         with guard.stoppable() as stop, progress, writer as self.log:
             if self.history and self.step == self.history[-1]["epoch"] * self.per_epoch:
-                self._check()  # the last process may have ended before it
+                self._finish_epoch()  # the last process may have ended before it
             bar = progress.add_task("starting", total=self.steps, completed=self.step, told="")
             last = time.perf_counter()
             for loaded in self._loader():
@@ -259,15 +269,7 @@ class Trainer:
         if self.step < self.steps:
             self._save()
         elif self.rank == 0:
-            networks.export_backbone(
-                self.out / "backbone.safetensors",
-                self.backbone,
-                architecture=config.backbone,
-                channels=self.data.channels,
-                size=self.data.size,
-                mean=self.data.mean,
-                std=self.data.std,
-            )
+            networks.export_backbone(self.out / "backbone.safetensors", self.backbone, **self.about)
         if stopped:
             self.say(f"stopped after step {self.step} of {self.steps}; continue with:")
             self.say(f"  {self.again}")
@@ -303,6 +305,7 @@ class Trainer:
         """All that the rest of the run depends on."""
         return {
             "config": dataclasses.asdict(self.config),
+            "about": self.about,
             "images": len(self.images),
             "checksum": self.checksum,
             "threads": self.threads,
@@ -474,7 +477,7 @@ class Trainer:
             if name != "epoch" and value is not None:
                 self.log(f"epoch/{name}", value, self.step)
         self._save()
-        self._check()
+        self._finish_epoch()
         knn = "" if row["knn_accuracy"] is None else f"  kNN {row['knn_accuracy']:.1%}"
         own = "".join(f"{name.replace('_', ' ')} {x:.3g}  " for name, x in measured.items())
         return (
@@ -483,10 +486,23 @@ class Trainer:
             f"loss {row['loss_share']:.1%} of a step"
         )
 
+    def _finish_epoch(self) -> None:
+        """What follows when an epoch has been saved, and may be done again."""
+        self._check()
+        if self.rank > 0:
+            return
+        last, every = self.history[-1], self.config.keep_every
+        if every and last["epoch"] % every == 0:
+            checkpoint.keep(self.out, f"epoch-{last['epoch']}")
+        measured = [row for row in self.history if row["knn_accuracy"] is not None]
+        best = max(measured, key=lambda row: row["knn_accuracy"], default=None)
+        if self.config.keep_best and last is best:
+            checkpoint.keep(self.out, "best")
+
     def _check(self) -> None:
         """Nearest neighbours after the last epoch, if they are due and were not looked for yet.
 
-        The epoch has been saved: whatever goes wrong here costs no more than the number.
+        Whatever goes wrong here costs no more than the number.
         """
         row, every = self.history[-1], self.config.knn_every
         due = every and (row["epoch"] % every == 0 or row["epoch"] == self.config.epochs)

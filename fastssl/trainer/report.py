@@ -105,6 +105,7 @@ FILES = {
     "config.yaml": "the options, ready for --config",
     "environment.json": "versions and devices",
     "checkpoint.pt": "the last checkpoint, to resume from",
+    "checkpoint.best.pt": "the checkpoint of the best nearest-neighbour check",
     "tensorboard": "logs for TensorBoard",
 }
 GALLERY, QUERIES = 5000, 1500  # images that are compared, at most

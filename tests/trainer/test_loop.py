@@ -358,6 +358,41 @@ def test_a_finished_run_is_trained_for_longer(tiny, capsys):
         pretrain(Config(**tiny(epochs=19)), resume=True)
 
 
+def test_checkpoints_are_kept_by_epoch_and_by_accuracy(tiny, monkeypatch):
+    accuracies = iter([0.2, 0.6, 0.6, 0.5, 0.4])
+    monkeypatch.setattr(evaluate, "knn_check", lambda *_: next(accuracies))
+    run = pretrain(Config(**tiny(epochs=5, knn_every=1, keep_best=True, keep_every=2)))
+    kept = {path.name: checkpoint.load(path) for path in run.path.glob("checkpoint.*.pt")}
+    steps = {name: state["step"] for name, state in kept.items()}
+    assert steps == {
+        **{"checkpoint.best.pt": 8, "checkpoint.epoch-2.pt": 8, "checkpoint.epoch-4.pt": 16},
+        "checkpoint.previous.pt": 16,
+    }
+    assert kept["checkpoint.best.pt"]["history"][-1]["knn_accuracy"] == 0.6
+    backbone = load_backbone(run.path / "checkpoint.epoch-4.pt")
+    assert backbone.about == load_backbone(run.path).about
+    assert torch.equal(
+        backbone[0].weight, kept["checkpoint.epoch-4.pt"]["method"]["backbone.0.weight"]
+    )
+
+
+def test_a_kept_checkpoint_is_a_run_to_go_on_with(tiny, tmp_path):
+    whole = pretrain(Config(**tiny(keep_every=1)))
+    (tmp_path / "other").mkdir()
+    (whole.path / "checkpoint.epoch-1.pt").rename(tmp_path / "other" / "checkpoint.pt")
+    other = pretrain(Config(**tiny(out=str(tmp_path / "other"))), resume=True)
+    assert_same_result(other, whole)
+
+
+def test_an_early_checkpoint_says_that_it_does_not_tell_of_its_backbone(tiny):
+    run = pretrain(Config(**tiny(epochs=1)))
+    state = checkpoint.load(run.path / "checkpoint.pt")
+    del state["about"]
+    torch.save(state, run.path / "checkpoint.pt")
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is of an early version"):
+        load_backbone(run.path / "checkpoint.pt")
+
+
 def test_a_longer_run_resumes_bit_for_bit(tiny, tmp_path, at_step):
     runs = []
     for name, stop in (("whole", None), ("stopped", 17)):
