@@ -41,7 +41,7 @@ FLOORS_OF_TRAINER = (
     ("folders", "guard", "logs", "networks"),
     ("data",),
     ("augment",),
-    ("methods",),
+    ("given", "methods"),
     ("config",),
     ("evaluate", "optim"),
     ("loop", "report"),

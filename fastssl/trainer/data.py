@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ DAMAGED = (OSError, RuntimeError, ValueError, AssertionError, EOFError, LookupEr
 
 
 class Images(Dataset[Item]):
-    """Images held in memory, uint8 [N, C, H, W], with labels [N]; -1 is an unknown label."""
+    """Images held in memory [N, C, H, W] with labels [N]; -1 is an unknown label."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         self.images, self.labels = images, labels
@@ -47,8 +48,7 @@ def labels_of(split: Any) -> Tensor | None:
         return None if of_all is None else of_all[list(split.indices)]
     if isinstance(split, (list, tuple)):
         return torch.as_tensor([label for _, label in split])
-    labels = getattr(split, "labels", getattr(split, "targets", None))
-    return None if labels is None else torch.as_tensor(labels)
+    return torch.as_tensor(split.labels) if isinstance(split, (Images, folders.Files)) else None
 
 
 def in_memory(split: Any) -> bool:
@@ -88,18 +88,24 @@ class Data:
 
     Attributes:
         name: Its name.
-        pretrain: What to pretrain on. Items are (uint8 [C, H, W], label), like those of the other
-            two; the labels are not used, and -1 where there are none. Instead of one image an item
-            may have a tuple of them that show the same thing: a method's views take turns with
-            them, the first view with the first image.
-        train: The labelled training split; None if the data set has no labels.
-        test: The labelled test split; None if the data set has no labels.
+        pretrain: What to pretrain on. Items are ([C, H, W], label), like those of the other two:
+            images are uint8, or floating-point from 0 to 1; the labels are not used, and -1 where
+            there are none. Instead of one image an item may have a tuple of them that show the
+            same thing: a method's views take turns with them, the first view with the first image.
+        train: The labelled training split, images of one shape; None if the data set has no labels.
+            Images with a label of -1, an unknown one, take no part in an evaluation, and each is a
+            class of its own to a method that learns from labels.
+        test: The labelled test split, likewise.
         classes: The names of the labels.
         channels: Channels of the images.
         size: Side of the images a network sees.
         mean: Per channel, of images scaled to [0, 1].
         std: Likewise.
         notes: What was taken for what and what was left out, a line each.
+        transforms: What makes the views, in place of the method's augmentation: one for all of
+            them or one for each, as many as the method has. Each takes an image and returns a view
+            [C, H, W], or [P, C, H, W] where the method sees P patches. Random numbers should come
+            from PyTorch's global generator, which a run seeds for each image.
     """
 
     name: str
@@ -112,11 +118,13 @@ class Data:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     notes: tuple[str, ...] = ()
+    transforms: Sequence[Callable[[Tensor], Tensor]] | None = None
 
     def normalize(self, images: Tensor) -> Tensor:
-        """uint8 [B, C, H, W], on any device, to the float32 that a network takes."""
+        """Images [B, C, H, W], on any device, to the float32 that a network takes."""
         mean, std = (images.new_tensor(x, dtype=torch.float32) for x in (self.mean, self.std))
-        return (images / 255 - mean[:, None, None]) / std[:, None, None]
+        scaled = images / 255 if images.dtype == torch.uint8 else images.float()
+        return (scaled - mean[:, None, None]) / std[:, None, None]
 
     def described(self) -> list[str]:
         """The classes, with how many images they have where that is known, and the notes."""

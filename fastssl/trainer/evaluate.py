@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset, default_collate
 
 from fastssl.distributed import world_size
-from fastssl.trainer import checkpoint, data, guard, networks, parallel
+from fastssl.trainer import checkpoint, data, given, guard, networks, parallel
 from fastssl.trainer.config import Config, read_options
-from fastssl.trainer.data import Data, in_memory
+from fastssl.trainer.data import Data, in_memory, labels_of
 from fastssl.trainer.environment import default_workers
 
 LABEL_COUNTS = (20, 50, 100, 200)
@@ -122,6 +122,11 @@ def extract(
         for images, of_batch in loader:
             features.append(backbone(data.normalize(images.to(device))).float().cpu())
             labels.append(of_batch)
+            if data.classes and of_batch.max() >= len(data.classes):
+                raise ValueError(
+                    f"labels of data set {data.name!r} must be at most {len(data.classes) - 1}, "
+                    f"the last of its classes, got {of_batch.max()}"
+                )
     return torch.cat(features), torch.cat(labels)
 
 
@@ -141,7 +146,7 @@ def knn_accuracy(
 
     Args:
         train_x: Features [N, F] that vote.
-        train_y: Their classes [N], whole numbers from 0.
+        train_y: Their classes [N], whole numbers from 0; those of -1, here and below, are left out.
         test_x: Features [M, F].
         test_y: Their classes [M].
         k: Neighbours that vote; all of them where there are fewer.
@@ -150,6 +155,7 @@ def knn_accuracy(
     Returns:
         The accuracy, between 0 and 1.
     """
+    (train_x, train_y), (test_x, test_y) = _known(train_x, train_y), _known(test_x, test_y)
     return _voted(*_nearest(train_x, train_y, test_x, k), test_y, k, temperature)
 
 
@@ -229,23 +235,27 @@ def _known(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> float:
-    """Test accuracy of logistic regression on the training features [N, F], standardised."""
+    """Test accuracy of logistic regression on the training features [N, F], standardised.
+
+    Images with a label of -1 are left out.
+    """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
-    probe.fit(train_x.numpy(), train_y.numpy())
-    return float(probe.score(test_x.numpy(), test_y.numpy()))
+    probe.fit(*(x.numpy() for x in _known(train_x, train_y)))
+    return float(probe.score(*(x.numpy() for x in _known(test_x, test_y))))
 
 
 def draw_labels(labels: Tensor, count: int, seed: int) -> Tensor:
     """Indices of ``count`` random images, as many of each class while there are enough.
 
-    With the same seed a larger draw contains the smaller one.
+    A label of -1 is no class. With the same seed a larger draw contains the smaller one.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=generator)
+    order = order[labels[order] >= 0]
     classes = int(labels.max()) + 1
     turn = torch.randperm(classes, generator=generator)[labels[order]]  # of each image's class
     round_ = torch.empty_like(order)
@@ -338,8 +348,11 @@ def refuse_other_data(run: Path) -> None:
         )
 
 
-def load_data(run: Path, data_dir: Path | None = None) -> Data:
-    """The data set of a run, from where it lies now if that is another folder."""
+def load_data(run: Path, data_dir: Path | None = None, own: Data | None = None) -> Data:
+    """The data set of a run, from where it lies now if that is another folder, or its own."""
+    if own is not None:
+        given.check(own)
+        return own
     refuse_other_data(run)
     found = data.of_config(run_config(run), data_dir)
     for note in found.notes:
@@ -411,13 +424,16 @@ def evaluate_run(
     device = device_for(config)
     workers = workers_for(config, device)
     pretrained = networks.load_backbone(run, device)
-    images = data or load_data(run, data_dir)
+    images = load_data(run, data_dir, data)
     if images.train is None:
         results: dict[str, Any] = {"skipped": f"data set {images.name!r} has no labels"}
         _write(run, results)
         return results
 
+    labels_known = labels_of(images.train)
     available = len(images.train)
+    if labels_known is not None:
+        available = int((labels_known >= 0).sum())
     counts = sorted({label_count(asked, available) for asked in labels})
     if not labels:
         counts = [count for count in LABEL_COUNTS if count <= available]
@@ -442,13 +458,15 @@ def evaluate_run(
         of_stages[name] = [(a, train_y, b, test_y) for a, b in zip(*parts, strict=True)]
         features[name] = of_stages[name][-1]
 
+    known = int((train_y >= 0).sum())
+    counts = [count for count in counts if count <= known]
     stages: list[dict[str, Any]] = [{"name": s, "width": w} for s, w in widths.items()]
     todo = [(row, i, arm) for i, row in enumerate(stages) for arm in features]
     for row, i, arm in _progress(todo, "linear probes"):
         row[arm] = linear_probe(*of_stages[arm][i])
     results = {
-        "train_images": available,
-        "test_images": len(images.test),
+        "train_images": known,
+        "test_images": int((test_y >= 0).sum()),
         "classes": len(images.classes),
         "draws": DRAWS,
         "recipe": FEW_LABELS,

@@ -21,7 +21,17 @@ from torch.utils.data import DataLoader, default_collate
 
 from fastssl.distributed import gather_rows, world_size
 from fastssl.ops.backend import resolve
-from fastssl.trainer import augment, checkpoint, evaluate, guard, logs, networks, optim, parallel
+from fastssl.trainer import (
+    augment,
+    checkpoint,
+    evaluate,
+    given,
+    guard,
+    logs,
+    networks,
+    optim,
+    parallel,
+)
 from fastssl.trainer.config import Config
 from fastssl.trainer.data import Data, checksum, of_config
 from fastssl.trainer.environment import cores, default_workers, environment
@@ -149,6 +159,8 @@ class Trainer:
             self.again = "the same call of pretrain and resume=True"
         with parallel.lead_first():  # who downloads what is not there
             self.data = data or of_config(config)
+        if self.given:
+            given.check(self.data)
         method = METHODS[config.method]
         self.images = self.data.train if method.labelled else self.data.pretrain
         if self.images is None:
@@ -189,9 +201,10 @@ class Trainer:
         self.network = parallel.wrap(self.method, self.device)
         self.calls: list[Any] = []  # what the loss was given in this step
         self.method.loss.register_forward_pre_hook(lambda _, given: self.calls.append(given))
-        self.views = augment.Views(
-            self.images, self.method.views(config, self.data.size), config.seed
-        )
+        transforms = augment.chosen(self.method.views(config, self.data.size), self.data)
+        self.views = augment.Views(self.images, transforms, config.seed)
+        if self.given:
+            given.check_views(self.views, self.data)
         self.optimizer = optim.build(self.method, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
         self.workers = config.workers
