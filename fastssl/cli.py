@@ -27,6 +27,11 @@ first.
 """
 
 
+def _path(text: str) -> Path:
+    """A path in which ~ is the user's folder: the shell leaves that of --out=~/run as it is."""
+    return Path(os.path.expanduser(text))
+
+
 class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
 
@@ -44,10 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             name, help=help, description=f"{help[0].upper()}{help[1:]}.", allow_abbrev=False
         )
         if name in ("evaluate", "report"):
-            command.add_argument("run", metavar="RUN", type=Path, help="folder of the run")
+            command.add_argument("run", metavar="RUN", type=_path, help="folder of the run")
             command.add_argument(
                 "--data-dir",
-                type=Path,
+                type=_path,
                 metavar="DIR",
                 help="where the images are now (default where the run found them)",
             )
@@ -87,9 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"pip install '.[{extra}]'"
         )
     except (ValueError, OSError, FloatingPointError) as error:
-        # An error in a DataLoader's worker ends with the message, after the worker's traceback.
-        text = str(error).strip() or type(error).__name__
-        reason = text.splitlines()[-1].removeprefix("ValueError: ")
+        from fastssl.trainer import guard
+
+        reason = guard.reason(error)
     except KeyboardInterrupt:
         reason = "interrupted"
     print(f"fastssl: error: {reason}", file=sys.stderr)
@@ -110,7 +115,7 @@ def _add_verify_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=_path,
         default=Path("runs/verify"),
         metavar="DIR",
         help="folder for the plot (default runs/verify)",
@@ -139,12 +144,12 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
         choices=("float32", "bfloat16", "float16"),
         help="of rows of features (default float32)",
     )
-    parser.add_argument("--record", metavar="FILE", type=Path, help="JSON file to write")
+    parser.add_argument("--record", metavar="FILE", type=_path, help="JSON file to write")
     parser.add_argument(
         "--plot",
         nargs="+",
         metavar="FILE",
-        type=Path,
+        type=_path,
         help="draw these recorded files beside them instead, and print how cost grows with size",
     )
 
@@ -161,12 +166,12 @@ def _add_reproduce_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", nargs="?", help=", ".join(EXPERIMENTS))
     for name, kind, metavar, help in (
         ("dataset", str, "NAME", "on which data set (default digits)"),
-        ("data-dir", Path, "DIR", "where data sets are kept (default data)"),
+        ("data-dir", _path, "DIR", "where data sets are kept (default data)"),
         ("method", str, "NAME", f"with which method, where there is a choice: {choices}"),
         ("labels", int, "N", "labelled images, of few-labels (default 200)"),
         ("epochs", int, "N", "passes over the images (default by experiment and data set)"),
         ("seeds", int, "N", "how often everything is trained (default 3)"),
-        ("out", Path, "DIR", "folder of the experiment (default runs/NAME-DATASET)"),
+        ("out", _path, "DIR", "folder of the experiment (default runs/NAME-DATASET)"),
     ):
         parser.add_argument(
             f"--{name}", type=kind, metavar=metavar, default=argparse.SUPPRESS, help=help
@@ -180,7 +185,7 @@ def _add_config_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         metavar="FILE",
-        type=Path,
+        type=_path,
         help=f"YAML file of options, or a preset: {', '.join(presets())}",
     )
     parser.add_argument(
@@ -214,7 +219,7 @@ def _pretrain(config: Path | None, resume: bool, **given: Any) -> int:
 
     options = {**(read_options(config) if config else {}), **given}
     if resume:
-        out = Path(str(options.get("out") or Config.from_dict(options).resolved().out))
+        out = _path(str(options.get("out") or Config.from_dict(options).resolved().out))
         started, saved = {}, checkpoint.latest(out)
         if (out / "config.yaml").exists():
             started = read_options(out / "config.yaml")

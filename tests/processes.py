@@ -1,10 +1,13 @@
 """What each process of tests/test_parallel.py runs: a module that processes can import."""
 
 import dataclasses
+import datetime
 import os
+import time
 from pathlib import Path
 
 import torch
+from torch import distributed as dist
 
 from fastssl.trainer import Config, data, loop, parallel
 
@@ -49,6 +52,37 @@ def run(rank: int, ranks: int, port: int, folder: Path, runs: dict[str, dict]) -
     with parallel.process_group(torch.device("cpu")):
         results = {name: train(options) for name, options in runs.items()}
     torch.save(results, folder / f"{rank}.pt")
+
+
+class Slow(torch.utils.data.Dataset):
+    """A few digits, of which those with an even number, the lead's share, take long to read."""
+
+    def __init__(self, images: data.Images, seconds: float, broken: int | None = None) -> None:
+        self.images, self.seconds, self.broken = images, seconds, broken
+
+    def __len__(self) -> int:
+        return IMAGES
+
+    def __getitem__(self, index: int) -> data.Item:
+        if index == self.broken:
+            raise ValueError(f"digit {index} cannot be read")
+        time.sleep(self.seconds if index % 2 == 0 else 0)
+        return self.images[index]
+
+
+def check(rank: int, ranks: int, port: int, folder: Path, options: dict[str, object]) -> None:
+    """Train with checks that take longer than the processes wait for one another, then fail."""
+    join(rank, ranks, port)
+    digits = data.load("digits")
+    few = data.Images(digits.train.images[:IMAGES], digits.train.labels[:IMAGES])
+    own = dataclasses.replace(digits, pretrain=few, train=Slow(digits.train, 0.1))
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=2))
+    history = loop.pretrain(Config(**options), data=own).history
+    own.train = Slow(digits.train, 0.0, broken=1)  # of the other process alone
+    options = {**options, "epochs": 2}
+    history += loop.pretrain(Config(**options), data=own, resume=True).history
+    dist.destroy_process_group()
+    torch.save(history, folder / f"{rank}.pt")
 
 
 def go_on(rank: int, ranks: int, port: int, options: dict[str, object]) -> None:

@@ -204,6 +204,31 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path, monkeypatch, capsys, argum
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ("pretrain --dataset folder --data-dir=~/photos", "photos"),
+        ("pretrain --config options.yaml", "photos of the file"),
+        ("pretrain --config=~/none.yaml", "none.yaml"),
+        ("pretrain --out=~/file/run", "file/run"),
+        ("pretrain --resume --out=~/file/run", "file/run"),
+        ("evaluate ~/run", "run"),
+        ("report ~/run", "run"),
+        ("verify --out ~/file/run", "file/run"),
+    ],
+)
+def test_a_tilde_is_the_users_folder(tmp_path, monkeypatch, capsys, arguments, name):
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "file").write_text("in the way")
+    (tmp_path / "options.yaml").write_text("dataset: folder\ndata_dir: ~/photos of the file")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments.split()) == 2
+    assert str(home / name) in capsys.readouterr().err
+    assert not (tmp_path / "~").exists()
+
+
 def test_images_that_moved_are_found_by_data_dir(folder, capsys):
     arguments = ["pretrain", *OPTIONS, "--epochs", "1", "--out", "run"]
     assert cli.main(arguments) == 0

@@ -39,9 +39,10 @@ VERIFY_ALONE_USES_REFERENCE = {"trainer/verify.py", "__init__.py"}
 # From the ground up: each file or folder imports from the floors below its own.
 FLOORS_OF_TRAINER = (
     ("checkpoint", "datasets", "environment", "parallel"),
-    ("data", "networks"),
+    ("folders", "guard", "logs", "networks"),
+    ("data",),
     ("augment",),
-    ("methods",),
+    ("given", "methods"),
     ("config",),
     ("evaluate", "optim"),
     ("loop", "report"),

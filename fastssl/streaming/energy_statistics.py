@@ -38,7 +38,7 @@ def _moments(x: Tensor, eps: float, standardize: bool) -> Batch:
                 # Over a power of two, which rounds nothing, the largest deviation is at most 1.
                 torch.sub(panel, panel[0].to(dtype), out=centred).sub_(mean[features])
                 largest = torch.linalg.vector_norm(centred, torch.inf, dim=0).clamp_min_(1)
-                power = torch.ldexp(torch.ones_like(factor), -torch.frexp(largest).exponent)
+                power = (-1 - largest.log2().floor()).exp2()  # Macs have no frexp
                 squares = centred.mul_(power).square_().mean(0)
                 factor = squares.addcmul_(power, power, value=eps).rsqrt_().mul_(power)
             batch.factor[features] = factor

@@ -238,7 +238,8 @@ def gain_of(dlse: Tensor) -> Tensor:
     peak = dlse.abs().max()
     usable = peak.isfinite() & (peak > 0)
     one = torch.ones_like(peak)
-    return torch.ldexp(one, torch.frexp(torch.where(usable, peak, one)).exponent)
+    exponent = torch.where(usable, peak, one).log2().floor() + 1  # Macs have no frexp
+    return exponent.exp2()
 
 
 def add_gradients(

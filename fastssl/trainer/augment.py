@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from torchvision.transforms import v2
 
-from fastssl.trainer.data import Item
+from fastssl.trainer.data import Data, Item
 from fastssl.trainer.datasets import GREY
 from fastssl.trainer.networks import SMALL
 
+Transform = Callable[[Tensor], Tensor]
 Key = tuple[int, int]  # epoch, index
 
 
@@ -33,6 +34,22 @@ class Batch:
     views: list[Tensor]
     index: Tensor
     labels: Tensor
+
+
+def chosen(usual: Sequence[Transform], data: Data) -> Sequence[Transform]:
+    """The transforms of a method's views: its usual ones, or those that were given with the data.
+
+    Raises:
+        ValueError: They are not one, nor as many as the usual ones.
+    """
+    if data.transforms is None:
+        return usual
+    own = list(data.transforms)
+    if len(own) not in (1, len(usual)):
+        raise ValueError(
+            f"data.transforms must be 1, or {len(usual)} for as many views, got {len(own)}"
+        )
+    return own if len(own) == len(usual) else own * len(usual)
 
 
 def default(dataset: str, size: int, scale: tuple[float, float] | None = None) -> v2.Transform:
@@ -199,9 +216,7 @@ class Views(Dataset[tuple[list[Tensor], int, int]]):
     is where positives from elsewhere come in.
     """
 
-    def __init__(
-        self, images: Dataset[Item], transforms: Sequence[v2.Transform], seed: int
-    ) -> None:
+    def __init__(self, images: Dataset[Item], transforms: Sequence[Transform], seed: int) -> None:
         self.originals, self.transforms, self.seed = Originals(images), transforms, seed
 
     def __getitem__(self, key: Key) -> tuple[list[Tensor], int, int]:

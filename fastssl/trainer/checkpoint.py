@@ -3,6 +3,7 @@
 import io
 import os
 import shlex
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,14 @@ FORMAT = "fastssl checkpoint 1"
 NAME, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 
 
+def expanded(name: str | Path) -> Path:
+    """A path in which ~ is the user's folder."""
+    return Path(os.path.expanduser(name))
+
+
 def writable(name: str | Path) -> Path:
     """The folder of that name, made if need be."""
-    folder = Path(name)
+    folder = expanded(name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -42,15 +48,29 @@ def write(path: Path, content: bytes | memoryview) -> None:
         ) from error
 
 
-def save(folder: Path, state: dict[str, Any]) -> None:
-    """Write the folder's checkpoint and keep the one before it."""
+def save(folder: Path, state: dict[str, Any], *, keep: bool = True) -> None:
+    """Write the folder's checkpoint, and keep the one before it unless told otherwise."""
     content = io.BytesIO()
     torch.save({"format": FORMAT, **state}, content)
     fresh = folder / (NAME + ".new")
     write(fresh, content.getbuffer())
-    if (folder / NAME).exists():
+    if keep and (folder / NAME).exists():
         os.replace(folder / NAME, folder / PREVIOUS)
     os.replace(fresh, folder / NAME)
+
+
+def keep(folder: Path, name: str) -> None:
+    """Keep the folder's newest checkpoint under a name of its own."""
+    newest, kept = folder / NAME, folder / f"checkpoint.{name}.pt"
+    if kept.exists() and kept.samefile(newest):
+        return
+    partial = kept.with_name(kept.name + ".partial")
+    partial.unlink(missing_ok=True)
+    try:
+        os.link(newest, partial)  # no file is ever changed, so that the two need no room
+    except OSError:  # some file systems have no links
+        shutil.copyfile(newest, partial)
+    os.replace(partial, kept)
 
 
 def latest(folder: Path) -> Path | None:

@@ -13,10 +13,11 @@ import yaml
 
 from fastssl.ops.backend import BACKENDS
 from fastssl.trainer import checkpoint
-from fastssl.trainer.datasets import GREY
+from fastssl.trainer.datasets import FOLDER_OPTIONS, GREY
 from fastssl.trainer.methods import METHODS
 from fastssl.trainer.networks import BACKBONES, HEAD_NORMS
 
+PATHS = ("data_dir", "out")  # options in which ~ is the user's folder
 PRESETS = Path(__file__).parent / "presets"
 # What an option left at None becomes, by data set.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -65,6 +66,13 @@ class Config:
         "and leave them out",
         ("refuse", "skip"),
     )
+    labels: bool = _option(
+        True, "a folder's subfolders are its classes; if not, all of its images have no labels"
+    )
+    train_split: str = _option(
+        None, "the subfolder with a folder's classes to train on (default by its usual names)"
+    )
+    test_split: str = _option(None, "the subfolder with those to test on, likewise")
     backbone: str = _option(None, "network to pretrain (default by data set)", BACKBONES)
     epochs: int = _option(None, "passes over the images (default by data set)", least=1)
     batch_size: int = _option(None, "images per step (default by data set)", least=2)
@@ -157,6 +165,12 @@ class Config:
     knn_every: int = _option(
         None, "epochs between nearest-neighbour checks, 0 for none (default by data set)", least=0
     )
+    keep_best: bool = _option(
+        False, "keep the checkpoint of the best nearest-neighbour check, as checkpoint.best.pt"
+    )
+    keep_every: int = _option(
+        0, "epochs between checkpoints that are kept, as checkpoint.epoch-N.pt, 0 for none", least=0
+    )
     out: str = _option(None, "folder of the run (default runs/METHOD-DATASET)")
 
     def __post_init__(self) -> None:
@@ -202,9 +216,9 @@ class Config:
                 f"local_scale_min must be at most local_scale_max ({self.local_scale_max}), "
                 f"got {self.local_scale_min}"
             )
-        for name, default in (("image_size", None), ("damaged", "refuse")):
+        for name in FOLDER_OPTIONS:
             value = getattr(self, name)
-            if value != default and self.dataset != "folder":
+            if value != getattr(Config, name) and self.dataset != "folder":
                 raise ValueError(
                     f"{name} is for dataset 'folder' only, got {value} with dataset "
                     f"{self.dataset!r}"
@@ -252,8 +266,11 @@ class Config:
 
     def save(self, path: str | Path) -> None:
         """Write the options to a YAML file, whole or not at all."""
-        text = yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
-        checkpoint.write(Path(path), text.encode())
+        checkpoint.write(Path(path), self.text())
+
+    def text(self) -> bytes:
+        """The content of that file."""
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False).encode()
 
 
 def presets() -> list[str]:
@@ -266,7 +283,9 @@ def read_options(path: str | Path) -> dict[str, Any]:
     if str(path) in presets():
         path = PRESETS / f"{path}.yaml"
     try:
-        with open(path, encoding="utf-8") as file:  # whose name and line an error then has
+        with open(
+            checkpoint.expanded(path), encoding="utf-8"
+        ) as file:  # whose name and line an error then has
             options = yaml.safe_load(file)
     except FileNotFoundError:
         raise ValueError(
@@ -302,8 +321,8 @@ def _checked(option: "dataclasses.Field[Any]", kind: Any, value: Any) -> Any:
     if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         with suppress(ValueError):  # YAML reads 1e-3 as a string
             value = float(value)
-    if isinstance(value, Path):
-        value = str(value)
+    if option.name in PATHS and isinstance(value, (Path, str)):
+        value = str(checkpoint.expanded(value))
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         words = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
         raise ValueError(f"{option.name} must be {words[kind]}, got {value!r}")

@@ -1,30 +1,35 @@
 """The data sets: every one as uint8 images and whole-number labels."""
 
+import hashlib
 import os
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import Dataset, Subset
 from torchvision import datasets
-from torchvision.transforms import v2
 
-from fastssl.trainer.datasets import STATISTICS
+from fastssl.trainer import checkpoint, folders
+from fastssl.trainer.datasets import FOLDER_OPTIONS, STATISTICS
+from fastssl.trainer.folders import told
+
+if TYPE_CHECKING:
+    from fastssl.trainer.config import Config
 
 Item = tuple[Tensor, int]
 
-ENDINGS: tuple[str, ...] = datasets.folder.IMG_EXTENSIONS
 # What torchvision raises where a data set's files are missing, cut short or of another format.
 DAMAGED = (OSError, RuntimeError, ValueError, AssertionError, EOFError, LookupError)
 
 
 class Images(Dataset[Item]):
-    """Images held in memory, uint8 [N, C, H, W], with labels [N]; -1 is an unknown label."""
+    """Images held in memory [N, C, H, W] with labels [N]; -1 is an unknown label."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         self.images, self.labels = images, labels
@@ -36,24 +41,45 @@ class Images(Dataset[Item]):
         return self.images[index], int(self.labels[index])
 
 
-class Files(Dataset[Item]):
-    """Image files as RGB uint8 [3, H, W]: a centred square, or as they are if size is None."""
+def labels_of(split: Any) -> Tensor | None:
+    """The labels [N] of a data set, if they are known without its images being read."""
+    if isinstance(split, Subset):
+        of_all = labels_of(split.dataset)
+        return None if of_all is None else of_all[list(split.indices)]
+    if isinstance(split, (list, tuple)):
+        return torch.as_tensor([label for _, label in split])
+    return torch.as_tensor(split.labels) if isinstance(split, (Images, folders.Files)) else None
 
-    def __init__(self, paths: list[str], labels: list[int], size: int | None) -> None:
-        self.paths, self.labels = paths, labels
-        self.resize = v2.Compose([v2.Resize(size), v2.CenterCrop(size)]) if size else None
 
-    def __len__(self) -> int:
-        return len(self.paths)
+def in_memory(split: Any) -> bool:
+    """Whether nothing has to be read or decoded for an image."""
+    while isinstance(split, Subset):
+        split = split.dataset
+    return isinstance(split, (Images, list, tuple))
 
-    def __getitem__(self, index: int) -> Item:
-        try:
-            with Image.open(self.paths[index]) as file:
-                image = _rgb(file)
-        except Exception as error:  # Pillow raises almost anything, by the file's format
-            raise ValueError(f"{self.paths[index]} cannot be read as an image ({error})") from None
-        image = v2.functional.pil_to_tensor(image)
-        return (self.resize(image) if self.resize else image), self.labels[index]
+
+def checksum(split: Any) -> str | None:
+    """What tells a data set from another of its size, if no image has to be read for it.
+
+    It is made of the names of files, or of some hundred images in memory.
+    """
+    if isinstance(split, Subset):
+        of_all = checksum(split.dataset)
+        if of_all is None:
+            return None
+        parts: list[Any] = [of_all, *split.indices]
+    elif isinstance(split, folders.Files):
+        parts = [*split.names()]
+    elif in_memory(split):
+        some = range(0, len(split), max(1, len(split) // 500))
+        parts = [part for i in some for part in tree_leaves(split[i])]
+    else:
+        return None
+    found = hashlib.sha256()
+    for part in parts:
+        is_tensor = isinstance(part, Tensor)
+        found.update(part.numpy().tobytes() if is_tensor else os.fsencode(f"{part}\0"))
+    return found.hexdigest()
 
 
 @dataclass
@@ -62,17 +88,24 @@ class Data:
 
     Attributes:
         name: Its name.
-        pretrain: What to pretrain on. Items are (uint8 [C, H, W], label), like those of the other
-            two; the labels are not used, and -1 where there are none. Instead of one image an item
-            may have a tuple of them that show the same thing: a method's views take turns with
-            them, the first view with the first image.
-        train: The labelled training split; None if the data set has no labels.
-        test: The labelled test split; None if the data set has no labels.
+        pretrain: What to pretrain on. Items are ([C, H, W], label), like those of the other two:
+            images are uint8, or floating-point from 0 to 1; the labels are not used, and -1 where
+            there are none. Instead of one image an item may have a tuple of them that show the
+            same thing: a method's views take turns with them, the first view with the first image.
+        train: The labelled training split, images of one shape; None if the data set has no labels.
+            Images with a label of -1, an unknown one, take no part in an evaluation, and each is a
+            class of its own to a method that learns from labels.
+        test: The labelled test split, likewise.
         classes: The names of the labels.
         channels: Channels of the images.
         size: Side of the images a network sees.
         mean: Per channel, of images scaled to [0, 1].
         std: Likewise.
+        notes: What was taken for what and what was left out, a line each.
+        transforms: What makes the views, in place of the method's augmentation: one for all of
+            them or one for each, as many as the method has. Each takes an image and returns a view
+            [C, H, W], or [P, C, H, W] where the method sees P patches. Random numbers should come
+            from PyTorch's global generator, which a run seeds for each image.
     """
 
     name: str
@@ -84,11 +117,26 @@ class Data:
     size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    notes: tuple[str, ...] = ()
+    transforms: Sequence[Callable[[Tensor], Tensor]] | None = None
 
     def normalize(self, images: Tensor) -> Tensor:
-        """uint8 [B, C, H, W], on any device, to the float32 that a network takes."""
+        """Images [B, C, H, W], on any device, to the float32 that a network takes."""
         mean, std = (images.new_tensor(x, dtype=torch.float32) for x in (self.mean, self.std))
-        return (images / 255 - mean[:, None, None]) / std[:, None, None]
+        scaled = images / 255 if images.dtype == torch.uint8 else images.float()
+        return (scaled - mean[:, None, None]) / std[:, None, None]
+
+    def described(self) -> list[str]:
+        """The classes, with how many images they have where that is known, and the notes."""
+        if self.train is None:
+            return list(self.notes)
+        labels = [labels_of(split) for split in (self.train, self.test)]
+        names, what = list(self.classes), f"{len(self.classes)} classes"
+        if all(x is not None for x in labels):
+            train, test = (Counter(x.tolist()) for x in labels if x is not None)
+            names = [f"{name} {train[i]} + {test[i]}" for i, name in enumerate(names)]
+            what += ", with images to train on + to test on"
+        return [f"{what}: {told(names)}", *self.notes]
 
 
 def load(
@@ -96,6 +144,9 @@ def load(
     data_dir: str | Path = "data",
     image_size: int | None = None,
     damaged: str = "refuse",
+    labels: bool = True,
+    train_split: str | None = None,
+    test_split: str | None = None,
 ) -> Data:
     """Load a data set, downloading it into data_dir if it is not there.
 
@@ -106,27 +157,44 @@ def load(
         damaged: What becomes of a folder's images that cannot be read. "refuse": nothing is looked
             at in advance, and the first one that is asked for raises a ValueError that names it.
             "skip": all files are read once now, on every core, and those that cannot be decoded to
-            their end are named and left out. Either way wrong pixels that the format's decoder
-            accepts go unnoticed: a JPEG has no checksum.
+            their end are left out and named in the notes. Either way wrong pixels that the format's
+            decoder accepts go unnoticed: a JPEG has no checksum.
+        labels: Whether a folder's subfolders are its classes; if not, it has no labels.
+        train_split: Name of the folder of a folder's classes to train on; by its usual names if
+            None.
+        test_split: Name of the folder of those to test on, likewise.
 
     Returns:
         The Data.
 
     Raises:
         ValueError: The data set is unknown, missing or damaged; or the folder holds no images, or
-            classes of one image alone.
+            its classes or splits cannot be told.
     """
     if name not in STATISTICS:
         raise ValueError(f"dataset must be one of {', '.join(STATISTICS)}, got {name!r}")
+    root, notes = checkpoint.expanded(data_dir), []
     if name == "folder":
-        splits = _folder(Path(data_dir), image_size or 224, skip=damaged == "skip")
+        size, skip = image_size or 224, damaged == "skip"
+        found = folders.read(root, size, skip, labels, train_split, test_split)
+        splits = found.pretrain, found.train, found.test, found.classes, size
+        notes = found.notes
     elif name == "digits":
         splits = _digits()
     else:
-        splits = _torchvision(name, Path(data_dir))
+        splits = _torchvision(name, root)
     pretrain, train, test, classes, size = splits
     mean, std = STATISTICS[name]
-    return Data(name, pretrain, train, test, tuple(classes), len(mean), size, mean, std)
+    channels = len(mean)
+    return Data(
+        name, pretrain, train, test, tuple(classes), channels, size, mean, std, tuple(notes)
+    )
+
+
+def of_config(config: "Config", data_dir: str | Path | None = None) -> Data:
+    """The data set of a run, from where it lies now if that is another folder."""
+    options = {name: getattr(config, name) for name in FOLDER_OPTIONS}
+    return load(config.dataset, data_dir or config.data_dir, **options)
 
 
 Splits = tuple[Any, Any, Any, Any, int]  # pretrain, train, test, classes, size
@@ -206,96 +274,3 @@ def _images(images: Any, labels: Any) -> Images:
     elif images.shape[-1] == 3:
         images = images.permute(0, 3, 1, 2).contiguous()
     return Images(images, labels)
-
-
-def _folder(root: Path, size: int, *, skip: bool) -> Splits:
-    """An image folder, without its damaged images if they are to be skipped.
-
-    ``root/train/CLASS`` and ``root/test/CLASS`` (or ``val``) are taken as they are; of
-    ``root/CLASS`` every fifth image is the test split; anything else is images without labels.
-    """
-    if not root.is_dir():
-        raise ValueError(
-            f"data_dir must be a folder of images for dataset 'folder', found no {root}"
-        )
-    paths = []
-    for name, folders, files in os.walk(root, followlinks=True):  # a class may lie elsewhere
-        here = Path(name)
-        folders[:] = [f for f in folders if not here.resolve().is_relative_to((here / f).resolve())]
-        paths += [here / file for file in files if Path(file).suffix.lower() in ENDINGS]
-    paths.sort()
-    if skip:
-        paths = _whole(paths)
-    if not paths:
-        raise ValueError(f"data_dir: no images in {root} (looked for {', '.join(ENDINGS)})")
-    held_out = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
-    if (root / "train").is_dir() and held_out:
-        train, classes = _labelled(root / "train", paths)
-        test, test_classes = _labelled(held_out, paths)
-        if classes != test_classes or not train or not test:
-            raise ValueError(
-                f"data_dir: {root / 'train'} and {held_out} must hold images of the same classes, "
-                f"got {classes} and {test_classes}"
-            )
-    else:
-        found, classes = _labelled(root, paths)
-        if len(classes) < 2:
-            return Files([str(p) for p in paths], [-1] * len(paths), None), None, None, (), size
-        train, test = [], []
-        for label in range(len(classes)):
-            of_class = [item for item in found if item[1] == label]
-            test += of_class[1::5]
-            train += [item for i, item in enumerate(of_class) if i % 5 != 1]
-        if not test:
-            raise ValueError(
-                f"data_dir: each of the {len(classes)} classes in {root} has one image, which "
-                f"leaves none to test on; a class must have at least 2, or all images lie in one "
-                f"folder, to be taken without labels"
-            )
-    splits = [
-        Files([path for path, _ in split], [label for _, label in split], side)
-        for split, side in ((train, None), (train, size), (test, size))
-    ]
-    return splits[0], splits[1], splits[2], classes, size
-
-
-def _labelled(root: Path, paths: list[Path]) -> tuple[list[tuple[str, int]], list[str]]:
-    """Those of the images that lie in a folder of root, with its number, and the folders' names."""
-    found = [(path, path.relative_to(root).parts) for path in paths if path.is_relative_to(root)]
-    inside = [(str(path), parts[0]) for path, parts in found if len(parts) > 1]
-    numbers = {name: i for i, name in enumerate(sorted({name for _, name in inside}))}
-    return [(path, numbers[name]) for path, name in inside], list(numbers)
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """A decoded image as RGB of 8 bits; of 16 bits, which convert would clip, the upper ones."""
-    if image.mode.startswith(("I", "F")):
-        values = np.asarray(image)
-        if image.mode == "F" or values.min() < 0 or values.max() >= 2**16:
-            raise ValueError("its values are not whole numbers of 8 or 16 bits")
-        image = Image.fromarray((values >> 8).astype(np.uint8))
-    return image.convert("RGB")
-
-
-def _whole(paths: list[Path]) -> list[Path]:
-    """The images that can be decoded to their end; the others are printed with the reason."""
-
-    def damage(path: Path) -> str:
-        try:
-            with Image.open(path) as image:
-                # A header alone does not tell that a file was cut off. All of a JPEG is read, but
-                # most of the arithmetic is left out where an eighth of the size will do.
-                image.draft(image.mode, (1, 1))
-                _rgb(image)
-        except Exception as error:  # Pillow raises almost anything, by the file's format
-            return str(error) or type(error).__name__
-        return ""
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = list(zip(paths, pool.map(damage, paths), strict=True))
-    damaged = [(path, reason) for path, reason in found if reason]
-    if damaged:
-        print(f"{len(damaged)} of {len(paths)} images are damaged and left out:")
-    for path, reason in damaged:
-        print(f"  {path} ({reason})")
-    return [path for path, reason in found if not reason]

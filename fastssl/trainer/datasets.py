@@ -10,4 +10,6 @@ STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "stl10": ((0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713)),
     "folder": ((0.4850, 0.4560, 0.4060), (0.2290, 0.2240, 0.2250)),  # ImageNet's
 }
+# Options that an image folder alone takes.
+FOLDER_OPTIONS = ("image_size", "damaged", "labels", "train_split", "test_split")
 GREY = tuple(name for name, (mean, _) in STATISTICS.items() if len(mean) == 1)

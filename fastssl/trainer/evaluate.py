@@ -14,11 +14,13 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+from torch.utils.data import DataLoader, Subset, default_collate
 
-from fastssl.trainer import checkpoint, data, networks
+from fastssl.distributed import world_size
+from fastssl.trainer import checkpoint, data, given, guard, networks, parallel
 from fastssl.trainer.config import Config, read_options
-from fastssl.trainer.data import Data, Item
+from fastssl.trainer.data import Data, in_memory, labels_of
+from fastssl.trainer.environment import default_workers
 
 LABEL_COUNTS = (20, 50, 100, 200)
 DRAWS = 5
@@ -48,7 +50,9 @@ def embedding_statistics(z0: Tensor, z1: Tensor) -> dict[str, float]:
     z = torch.cat([z0, z1])
     shares = torch.linalg.svdvals(z)
     shares = shares / shares.sum()
-    potentials = [F.pdist(view).square().mul(-2).exp().mean().log() for view in (z0, z1)]
+    # By products, since Macs have no pdist; |a - b|^2 = 2 - 2 a.b at unit length.
+    pairs = torch.ones(len(z0), len(z0), dtype=torch.bool, device=z.device).triu(1)
+    potentials = [(4 * (view @ view.T - 1)[pairs]).exp().mean().log() for view in (z0, z1)]
     return {
         "embedding_std": (z.std(dim=0).mean() * z.shape[1] ** 0.5).item(),
         "effective_rank": torch.special.entr(shares).sum().exp().item(),
@@ -83,11 +87,12 @@ def frozen(network: nn.Module) -> Iterator[None]:
 
 def extract(
     backbone: nn.Module,
-    dataset: Dataset[Item],
+    dataset: Any,
     *,
     data: Data,
     device: torch.device | str,
     batch_size: int = 512,
+    workers: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """The features of a frozen network.
 
@@ -97,6 +102,7 @@ def extract(
         data: Knows how to normalise the images.
         device: Where the network is.
         batch_size: Images at a time.
+        workers: Processes that read images, where these are not in memory and fill a batch.
 
     Returns:
         The features, float32 [N, F], and the labels, int64 [N], both on the CPU.
@@ -105,11 +111,22 @@ def extract(
         RuntimeError: A weight or a running statistic of the network changed.
     """
     features, labels = [], []
+    loader = DataLoader(
+        dataset,
+        batch_size,
+        num_workers=0 if in_memory(dataset) or len(dataset) <= batch_size else workers,
+        worker_init_fn=guard.start_worker,
+        generator=torch.Generator(),  # one of its own: a loader otherwise draws from the global one
+    )
     with frozen(backbone):
-        # A generator of its own: a loader otherwise draws from the global one.
-        for images, of_batch in DataLoader(dataset, batch_size, generator=torch.Generator()):
+        for images, of_batch in loader:
             features.append(backbone(data.normalize(images.to(device))).float().cpu())
             labels.append(of_batch)
+            if data.classes and of_batch.max() >= len(data.classes):
+                raise ValueError(
+                    f"labels of data set {data.name!r} must be at most {len(data.classes) - 1}, "
+                    f"the last of its classes, got {of_batch.max()}"
+                )
     return torch.cat(features), torch.cat(labels)
 
 
@@ -129,7 +146,7 @@ def knn_accuracy(
 
     Args:
         train_x: Features [N, F] that vote.
-        train_y: Their classes [N], whole numbers from 0.
+        train_y: Their classes [N], whole numbers from 0; those of -1, here and below, are left out.
         test_x: Features [M, F].
         test_y: Their classes [M].
         k: Neighbours that vote; all of them where there are fewer.
@@ -138,36 +155,107 @@ def knn_accuracy(
     Returns:
         The accuracy, between 0 and 1.
     """
+    (train_x, train_y), (test_x, test_y) = _known(train_x, train_y), _known(test_x, test_y)
+    return _voted(*_nearest(train_x, train_y, test_x, k), test_y, k, temperature)
+
+
+def _nearest(train_x: Tensor, train_y: Tensor, test_x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The cosines [M, k] of the test images' nearest training images, and the classes of these."""
     train_x, test_x = F.normalize(train_x, dim=1), F.normalize(test_x, dim=1)
-    classes = int(train_y.max()) + 1
-    rows = max(1, 2**24 // len(train_x))  # at most 64 MiB of similarities at a time
-    correct = 0
-    for queries, truth in zip(torch.split(test_x, rows), torch.split(test_y, rows), strict=True):
-        similarity, nearest = (queries @ train_x.T).topk(min(k, len(train_x)))
-        votes = torch.zeros(len(queries), classes, dtype=similarity.dtype, device=queries.device)
-        votes.scatter_add_(1, train_y[nearest], ((similarity - 1) / temperature).exp())
-        correct += int((votes.argmax(dim=1) == truth).sum())
-    return correct / len(test_x)
+    rows = max(1, 2**24 // max(1, len(train_x)))  # at most 64 MiB of similarities at a time
+    found = [
+        (queries @ train_x.T).topk(min(k, len(train_x))) for queries in torch.split(test_x, rows)
+    ]
+    return torch.cat([x.values for x in found]), train_y[torch.cat([x.indices for x in found])]
+
+
+def _voted(
+    cosines: Tensor, classes: Tensor, test_y: Tensor, k: int = 20, temperature: float = 0.07
+) -> float:
+    """Share of the test images whose class the k nearest of those that are given vote for."""
+    if cosines.shape[1] > k:
+        cosines, order = cosines.topk(k)
+        classes = classes.take_along_dim(order, 1)
+    votes = cosines.new_zeros(len(cosines), int(classes.max()) + 1)
+    votes.scatter_add_(1, classes, ((cosines - 1) / temperature).exp())
+    return int((votes.argmax(dim=1) == test_y).sum()) / len(test_y)
+
+
+def knn_check(
+    backbone: nn.Module, data: Data, device: torch.device | str, workers: int = 0, k: int = 20
+) -> float:
+    """The ``knn_accuracy`` of a frozen network on the splits of a data set.
+
+    Of several processes each reads its share of the images and looks among its own training images
+    for the nearest; all of them return the same.
+
+    Args:
+        backbone: The network, on ``device``.
+        data: The data set.
+        device: Where the network is.
+        workers: Processes, of each process, that read images.
+        k: Neighbours that vote.
+
+    Raises:
+        Exception: What went wrong here; RuntimeError for what went wrong in another process.
+    """
+    ranks, rank = min(world_size(), len(data.train), len(data.test)), parallel.rank()
+    found, problem = None, None
+    if rank < ranks:
+        try:
+            found = [
+                _known(
+                    *extract(
+                        backbone,
+                        Subset(split, range(rank, len(split), ranks)),
+                        data=data,
+                        device=device,
+                        workers=workers,
+                    )
+                )
+                for split in (data.train, data.test)
+            ]
+        except Exception as error:  # which the others, who wait, have to know
+            problem = error
+    problems = parallel.gathered(problem and guard.reason(problem))
+    if problem:
+        raise problem
+    if any(problems):
+        raise RuntimeError(next(filter(None, problems)))
+    shares = filter(None, parallel.gathered(found and found[1]))
+    test_x, test_y = (torch.cat(parts) for parts in zip(*shares, strict=True))
+    shares = filter(None, parallel.gathered(found and _nearest(*found[0], test_x, k)))
+    cosines, classes = (torch.cat(parts, 1) for parts in zip(*shares, strict=True))
+    return _voted(cosines, classes, test_y, k)
+
+
+def _known(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Features and labels of those whose label is known."""
+    return x[y >= 0], y[y >= 0]
 
 
 def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> float:
-    """Test accuracy of logistic regression on the training features [N, F], standardised."""
+    """Test accuracy of logistic regression on the training features [N, F], standardised.
+
+    Images with a label of -1 are left out.
+    """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
-    probe.fit(train_x.numpy(), train_y.numpy())
-    return float(probe.score(test_x.numpy(), test_y.numpy()))
+    probe.fit(*(x.numpy() for x in _known(train_x, train_y)))
+    return float(probe.score(*(x.numpy() for x in _known(test_x, test_y))))
 
 
 def draw_labels(labels: Tensor, count: int, seed: int) -> Tensor:
     """Indices of ``count`` random images, as many of each class while there are enough.
 
-    With the same seed a larger draw contains the smaller one.
+    A label of -1 is no class. With the same seed a larger draw contains the smaller one.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=generator)
+    order = order[labels[order] >= 0]
     classes = int(labels.max()) + 1
     turn = torch.randperm(classes, generator=generator)[labels[order]]  # of each image's class
     round_ = torch.empty_like(order)
@@ -260,12 +348,16 @@ def refuse_other_data(run: Path) -> None:
         )
 
 
-def load_data(run: Path, data_dir: Path | None = None) -> Data:
-    """The data set of a run, from where it lies now if that is another folder."""
+def load_data(run: Path, data_dir: Path | None = None, own: Data | None = None) -> Data:
+    """The data set of a run, from where it lies now if that is another folder, or its own."""
+    if own is not None:
+        given.check(own)
+        return own
     refuse_other_data(run)
-    config = run_config(run)
-    where = data_dir or config.data_dir
-    return data.load(config.dataset, where, config.image_size, config.damaged)
+    found = data.of_config(run_config(run), data_dir)
+    for note in found.notes:
+        print(note)
+    return found
 
 
 def device_for(config: Config) -> torch.device:
@@ -281,10 +373,19 @@ def untrained(architecture: str, images: Data, seed: int, device: torch.device |
         return networks.build_backbone(architecture, images.channels, images.size).to(device)
 
 
-def accuracy(network: nn.Module, images: Data, device: torch.device | str) -> float:
+def workers_for(config: Config, device: torch.device) -> int:
+    """How many processes read the images of a run."""
+    return default_workers(device) if config.workers is None else config.workers
+
+
+def accuracy(
+    network: nn.Module, images: Data, device: torch.device | str, workers: int = 0
+) -> float:
     """Share of the test images that a classifier gets right."""
-    logits, labels = extract(network, images.test, data=images, device=device)
-    return (logits.argmax(dim=1) == labels).double().mean().item()
+    logits, labels = _known(
+        *extract(network, images.test, data=images, device=device, workers=workers)
+    )
+    return int((logits.argmax(dim=1) == labels).sum()) / len(labels)
 
 
 def evaluate_run(
@@ -318,17 +419,21 @@ def evaluate_run(
             that many.
     """
     started = time.perf_counter()
-    run = Path(run)
+    run = checkpoint.expanded(run)
     config = run_config(run)
     device = device_for(config)
+    workers = workers_for(config, device)
     pretrained = networks.load_backbone(run, device)
-    images = data or load_data(run, data_dir)
+    images = load_data(run, data_dir, data)
     if images.train is None:
         results: dict[str, Any] = {"skipped": f"data set {images.name!r} has no labels"}
         _write(run, results)
         return results
 
+    labels_known = labels_of(images.train)
     available = len(images.train)
+    if labels_known is not None:
+        available = int((labels_known >= 0).sum())
     counts = sorted({label_count(asked, available) for asked in labels})
     if not labels:
         counts = [count for count in LABEL_COUNTS if count <= available]
@@ -345,7 +450,7 @@ def evaluate_run(
     ):
         every_stage = networks.StageFeatures(backbone)
         (train_x, train_y), (test_x, test_y) = (
-            extract(every_stage, split, data=images, device=device)
+            extract(every_stage, split, data=images, device=device, workers=workers)
             for split in (images.train, images.test)
         )
         widths = every_stage.widths
@@ -353,13 +458,15 @@ def evaluate_run(
         of_stages[name] = [(a, train_y, b, test_y) for a, b in zip(*parts, strict=True)]
         features[name] = of_stages[name][-1]
 
+    known = int((train_y >= 0).sum())
+    counts = [count for count in counts if count <= known]
     stages: list[dict[str, Any]] = [{"name": s, "width": w} for s, w in widths.items()]
     todo = [(row, i, arm) for i, row in enumerate(stages) for arm in features]
     for row, i, arm in _progress(todo, "linear probes"):
         row[arm] = linear_probe(*of_stages[arm][i])
     results = {
-        "train_images": available,
-        "test_images": len(images.test),
+        "train_images": known,
+        "test_images": int((test_y >= 0).sum()),
         "classes": len(images.classes),
         "draws": DRAWS,
         "recipe": FEW_LABELS,
@@ -380,7 +487,7 @@ def evaluate_run(
             ("from_scratch", untrained(architecture, images, draw, device)),
         ):
             network = train_on_few(backbone, few, data=images, device=device, seed=draw)
-            of_draw[name] = accuracy(network, images, device)
+            of_draw[name] = accuracy(network, images, device, workers)
         for name, (train_x, _, test_x, _) in features.items():
             of_draw[f"{name}_frozen"] = linear_probe(
                 train_x[chosen], train_y[chosen], test_x, test_y

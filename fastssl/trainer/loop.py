@@ -5,13 +5,10 @@ import dataclasses
 import io
 import json
 import math
-import os
-import signal
 import sys
-import threading
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,18 +18,31 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, default_collate
-from torch.utils.tensorboard import SummaryWriter
 
 from fastssl.distributed import gather_rows, world_size
 from fastssl.ops.backend import resolve
-from fastssl.trainer import augment, checkpoint, evaluate, networks, optim, parallel
+from fastssl.trainer import (
+    augment,
+    checkpoint,
+    evaluate,
+    given,
+    guard,
+    logs,
+    networks,
+    optim,
+    parallel,
+)
 from fastssl.trainer.config import Config
-from fastssl.trainer.data import Data, load
-from fastssl.trainer.environment import environment
+from fastssl.trainer.data import Data, checksum, of_config
+from fastssl.trainer.environment import cores, default_workers, environment
 from fastssl.trainer.methods import METHODS
 
+LATER = {"about", "checksum"}  # what early checkpoints do not have
 # Options that a resumed run may change: they say where and how it runs, not what it computes.
-FREE = ("data_dir", "device", "out", "workers")
+FREE = (
+    *("data_dir", "damaged", "device", "out", "workers"),
+    *("knn_every", "keep_best", "keep_every"),
+)
 
 
 @dataclass
@@ -62,7 +72,8 @@ def pretrain(config: Config, *, resume: bool = False, data: Data | None = None) 
     Args:
         config: The options.
         resume: Continue the run in ``config.out``, to the result it would have had without the
-            interruption; start it if there is none.
+            interruption; start it if there is none. With more epochs than it had it is trained for
+            longer, finished or not, by the schedule of so many epochs from there on.
         data: What to pretrain on in place of ``config.dataset``, whose recipe and augmentation are
             taken. An item of ``data.pretrain`` may be several images that show the same thing.
 
@@ -83,7 +94,10 @@ def pretrain(config: Config, *, resume: bool = False, data: Data | None = None) 
     if not isinstance(config, Config):
         raise TypeError(f"config must be a Config, got {type(config).__name__}")
     device = _device(config.device)
-    with parallel.process_group(device), _alone(checkpoint.writable(config.resolved().out)) as out:
+    with (
+        parallel.process_group(device),
+        guard.alone(checkpoint.writable(config.resolved().out)) as out,
+    ):
         return _pretrain(config, out, resume, data)
 
 
@@ -97,12 +111,24 @@ def _pretrain(config: Config, out: Path, resume: bool, data: Data | None) -> Run
         )
     if data is None:
         evaluate.refuse_other_data(out)
+    state = checkpoint.load(found) if found else None
+    if state:
+        started = state.get("config", {})
+        if (epochs := config.resolved().epochs) < started.get("epochs", 0):
+            raise ValueError(
+                f"epochs must be at least {started['epochs']}, those that the run in {out} was "
+                f"started with, got {epochs}"
+            )
+        if config.warmup_epochs is None:  # by default a longer run keeps that of the shorter one
+            config = dataclasses.replace(config, warmup_epochs=started.get("warmup_epochs"))
     trainer = Trainer(config, data)
-    if found:
-        trainer.restore(checkpoint.load(found))
+    if state:
+        trainer.restore(state)
         whole = all((out / name).exists() for name in ("backbone.safetensors", "config.yaml"))
         if trainer.step == trainer.steps and whole:
             trainer.say(f"{out} is complete ({trainer.config.epochs} epochs)")
+            if trainer.rank == 0 and (out / "config.yaml").read_bytes() != trainer.config.text():
+                trainer.config.save(out / "config.yaml")
             return Run(out, True, trainer.history, trainer.data)
     threads = torch.get_num_threads()
     try:
@@ -132,9 +158,9 @@ class Trainer:
         if self.given:
             self.again = "the same call of pretrain and resume=True"
         with parallel.lead_first():  # who downloads what is not there
-            self.data = data or load(
-                config.dataset, config.data_dir, config.image_size, config.damaged
-            )
+            self.data = data or of_config(config)
+        if self.given:
+            given.check(self.data)
         method = METHODS[config.method]
         self.images = self.data.train if method.labelled else self.data.pretrain
         if self.images is None:
@@ -152,11 +178,19 @@ class Trainer:
                 f"batch_size must be a multiple of the number of processes, {self.ranks}, got "
                 f"{config.batch_size}"
             )
+        self.checksum = checksum(self.images)
         self.per_epoch = len(self.images) // config.batch_size
         self.steps = config.epochs * self.per_epoch
 
         torch.manual_seed(config.seed)
         self.backbone = networks.build_backbone(config.backbone, self.data.channels, self.data.size)
+        self.about: dict[str, Any] = {
+            "architecture": config.backbone,
+            "channels": self.data.channels,
+            "size": self.data.size,
+            "mean": [float(x) for x in self.data.mean],
+            "std": [float(x) for x in self.data.std],
+        }
         self.layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
         self.method = method(self.backbone, config, len(self.images))
         self.method.to(self.device, memory_format=self.layout)
@@ -167,20 +201,20 @@ class Trainer:
         self.network = parallel.wrap(self.method, self.device)
         self.calls: list[Any] = []  # what the loss was given in this step
         self.method.loss.register_forward_pre_hook(lambda _, given: self.calls.append(given))
-        self.views = augment.Views(
-            self.images, self.method.views(config, self.data.size), config.seed
-        )
+        transforms = augment.chosen(self.method.views(config, self.data.size), self.data)
+        self.views = augment.Views(self.images, transforms, config.seed)
+        if self.given:
+            given.check_views(self.views, self.data)
         self.optimizer = optim.build(self.method, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
+        self.workers = config.workers
+        if self.workers is None:
+            self.workers = default_workers(self.device, self.ranks)
         # Without an accelerator the workers and the network share the cores. The last bits of a
         # result depend on the number of threads, so a checkpoint remembers it.
-        cores = os.cpu_count() or 1
-        on_cpu = self.device.type == "cpu"
-        default = min(8, max(1, (cores // 2 if on_cpu else cores) // self.ranks))
-        self.workers = default if config.workers is None else config.workers
         self.threads = torch.get_num_threads()
-        if on_cpu:
-            self.threads = min(self.threads, max(1, cores - self.workers))
+        if self.device.type == "cpu":
+            self.threads = min(self.threads, max(1, cores() - self.workers))
         self.step = 0
         self.history: list[dict[str, Any]] = []
         self.loss_sum, self.seconds = 0.0, 0.0  # of the current epoch
@@ -189,15 +223,16 @@ class Trainer:
         """Train to the end or until a signal, from wherever the state stands."""
         config = self.config
         torch.set_num_threads(self.threads)
-        logs: Any = nullcontext()
+        writer: Any = nullcontext(lambda *_: None)
         if self.rank == 0:  # the lead alone writes
+            self._set_aside()
             config.save(self.out / "config.yaml")
             about = environment()
             if self.given:
                 about["data"] = f"{self.data.name}, given from Python"
             text = json.dumps(about, indent=2) + "\n"
             checkpoint.write(self.out / "environment.json", text.encode())
-            logs = self._logs()
+            writer = logs.tensorboard(self.out, self.step + 1, self.again)
         parameters = sum(parameter.numel() for parameter in self.method.parameters())
         processes = f", {self.ranks} processes" if self.ranks > 1 else ""
         self.say(
@@ -205,6 +240,8 @@ class Trainer:
             f"{config.backbone} and head of {parameters / 1e6:.2f} M parameters, "
             f"{config.epochs} epochs of {self.per_epoch} steps on {self.device}{processes}"
         )
+        for line in self.data.described():
+            self.say(line)
         if self.step:
             self.say(f"continuing {self.out} at step {self.step} of {self.steps}")
         progress = Progress(
@@ -216,7 +253,9 @@ class Trainer:
             disable=not sys.stdout.isatty() or self.rank > 0,
         )
         stopped = False
-        with _stoppable() as stop, progress, logs as self.writer:
+        with guard.stoppable() as stop, progress, writer as self.log:
+            if self.history and self.step == self.history[-1]["epoch"] * self.per_epoch:
+                self._finish_epoch()  # the last process may have ended before it
             bar = progress.add_task("starting", total=self.steps, completed=self.step, told="")
             last = time.perf_counter()
             for loaded in self._loader():
@@ -243,74 +282,45 @@ class Trainer:
         if self.step < self.steps:
             self._save()
         elif self.rank == 0:
-            networks.export_backbone(
-                self.out / "backbone.safetensors",
-                self.backbone,
-                architecture=config.backbone,
-                channels=self.data.channels,
-                size=self.data.size,
-                mean=self.data.mean,
-                std=self.data.std,
-            )
+            networks.export_backbone(self.out / "backbone.safetensors", self.backbone, **self.about)
         if stopped:
             self.say(f"stopped after step {self.step} of {self.steps}; continue with:")
             self.say(f"  {self.again}")
         return Run(self.out, not stopped, self.history, self.data)
+
+    def _set_aside(self) -> None:
+        """Keep the backbone of a run that had ended; what was told of it is void now."""
+        backbone, epoch = self.out / "backbone.safetensors", self.step // self.per_epoch
+        if self.step < self.steps and backbone.exists():
+            kept = backbone.replace(self.out / f"backbone.epoch-{epoch}.safetensors")
+            for name in ("evaluation.json", "report.html"):
+                (self.out / name).unlink(missing_ok=True)
+            self.say(f"the backbone after epoch {epoch} is kept as {kept.name}")
 
     def say(self, line: str) -> None:
         """Print a line, in the lead."""
         if self.rank == 0:
             print(line)
 
-    @contextmanager
-    def _logs(self) -> Iterator[SummaryWriter]:
-        """TensorBoard's logs, from the next step on."""
-        usual = threading.excepthook
-
-        def report(death: threading.ExceptHookArgs) -> None:
-            # What its thread dies of is raised here, without a traceback beside it.
-            if not type(death.thread).__module__.startswith("tensorboard."):
-                usual(death)
-
-        threading.excepthook = report
-        try:
-            with self._named():
-                writer = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.step + 1)
-            try:
-                yield writer
-            finally:
-                with self._named():
-                    writer.close()
-        finally:
-            threading.excepthook = usual
-
-    @contextmanager
-    def _named(self) -> Iterator[None]:
-        """TensorBoard's errors with the run in them: its own name no file."""
-        try:
-            yield
-        except OSError as error:
-            raise OSError(
-                f"{self.out / 'tensorboard'} cannot be written ({error.strerror or error}); the "
-                f"run's checkpoints are kept, and {self.again} goes on"
-            ) from None
-
-    def _log(self, name: str, value: float, step: int) -> None:
-        """Write a number to TensorBoard's logs, in the lead."""
-        if self.rank == 0:
-            with self._named():
-                self.writer.add_scalar(name, value, step)
-
-    def _save(self) -> None:
-        """Write the checkpoint, in the lead: the state is the same in all processes."""
-        if self.rank == 0:
-            checkpoint.save(self.out, self.state())
+    def _save(self, keep: bool = True) -> None:
+        """Write metrics and checkpoint, in the lead: the state is the same in all processes."""
+        if self.rank > 0:
+            return
+        if self.history:
+            table = io.StringIO()
+            lines = csv.DictWriter(table, self.history[-1])
+            lines.writeheader()
+            lines.writerows(self.history)
+            checkpoint.write(self.out / "metrics.csv", table.getvalue().encode())
+        checkpoint.save(self.out, self.state(), keep=keep)
 
     def state(self) -> dict[str, Any]:
         """All that the rest of the run depends on."""
         return {
             "config": dataclasses.asdict(self.config),
+            "about": self.about,
             "images": len(self.images),
+            "checksum": self.checksum,
             "threads": self.threads,
             "step": self.step,
             "method": self.method.state_dict(),
@@ -324,14 +334,21 @@ class Trainer:
     def restore(self, state: dict[str, Any]) -> None:
         """Take up the state of a checkpoint, if it is one of this very run."""
         path = checkpoint.latest(self.out) or self.out / checkpoint.NAME
-        if missing := self.state().keys() - state.keys():
+        if missing := self.state().keys() - state.keys() - LATER:
             raise checkpoint.damaged(path, f"it has no {', '.join(sorted(missing))}")
         options = dataclasses.asdict(self.config)
-        check_same(options, state["config"], options.keys() - FREE, self.out)
+        # An option that the run does not know had its default.
+        started = {name: getattr(Config, name) for name in options} | state["config"]
+        check_same(options, started, options.keys() - {*FREE, "epochs"}, self.out)
         if state["images"] != len(self.images):
             raise ValueError(
                 f"data_dir: the data set has {len(self.images)} images, but the run in "
                 f"{self.out} was started with {state['images']}"
+            )
+        if None not in (now := self.checksum, was := state.get("checksum")) and now != was:
+            raise ValueError(
+                f"data_dir: the data set has as many images as the run in {self.out} was started "
+                f"with, but not the same ones"
             )
         try:
             self.method.load_state_dict(state["method"])
@@ -359,7 +376,7 @@ class Trainer:
                 self.ranks,
             ),
             num_workers=self.workers,
-            worker_init_fn=_start_worker,
+            worker_init_fn=guard.start_worker,
             pin_memory=self.device.type == "cuda",
         )
 
@@ -407,8 +424,8 @@ class Trainer:
         self.method.after_step(self.step, self.per_epoch)
         self.step += 1
         self.loss_sum += value
-        self._log("train/loss", value, self.step)
-        self._log("train/lr", self.optimizer.param_groups[0]["lr"], self.step)
+        self.log("train/loss", value, self.step)
+        self.log("train/lr", self.optimizer.param_groups[0]["lr"], self.step)
         return value, embeddings
 
     def _placed(self, loaded: Any) -> augment.Batch:
@@ -463,16 +480,6 @@ class Trainer:
             "loss_share": self._loss_seconds() / (self.seconds / self.per_epoch),
             "knn_accuracy": None,
         }
-        every = self.config.knn_every
-        due = self.data.train and every and (epoch % every == 0 or epoch == self.config.epochs)
-        if due and self.rank == 0:
-            splits = (self.data.train, self.data.test)
-            (train_x, train_y), (test_x, test_y) = (
-                evaluate.extract(self.backbone, split, data=self.data, device=self.device)
-                for split in splits
-            )
-            row["knn_accuracy"] = evaluate.knn_accuracy(train_x, train_y, test_x, test_y)
-        row["knn_accuracy"] = parallel.from_lead(row["knn_accuracy"])
         z0, z1 = (gather_rows(z.detach().float())[0] for z in embeddings)
         measured = self.method.end_epoch()
         row |= evaluate.embedding_statistics(z0, z1) | measured
@@ -481,14 +488,9 @@ class Trainer:
 
         for name, value in row.items():
             if name != "epoch" and value is not None:
-                self._log(f"epoch/{name}", value, self.step)
-        table = io.StringIO()
-        lines = csv.DictWriter(table, row)
-        lines.writeheader()
-        lines.writerows(self.history)
-        if self.rank == 0:
-            checkpoint.write(self.out / "metrics.csv", table.getvalue().encode())
+                self.log(f"epoch/{name}", value, self.step)
         self._save()
+        self._finish_epoch()
         knn = "" if row["knn_accuracy"] is None else f"  kNN {row['knn_accuracy']:.1%}"
         own = "".join(f"{name.replace('_', ' ')} {x:.3g}  " for name, x in measured.items())
         return (
@@ -496,6 +498,40 @@ class Trainer:
             f"effective rank {row['effective_rank']:.0f}  {own}{rate:.0f} images/s  "
             f"loss {row['loss_share']:.1%} of a step"
         )
+
+    def _finish_epoch(self) -> None:
+        """What follows when an epoch has been saved, and may be done again."""
+        self._check()
+        if self.rank > 0:
+            return
+        last, every = self.history[-1], self.config.keep_every
+        if every and last["epoch"] % every == 0:
+            checkpoint.keep(self.out, f"epoch-{last['epoch']}")
+        measured = [row for row in self.history if row["knn_accuracy"] is not None]
+        best = max(measured, key=lambda row: row["knn_accuracy"], default=None)
+        if self.config.keep_best and last is best:
+            checkpoint.keep(self.out, "best")
+
+    def _check(self) -> None:
+        """Nearest neighbours after the last epoch, if they are due and were not looked for yet.
+
+        Whatever goes wrong here costs no more than the number.
+        """
+        row, every = self.history[-1], self.config.knn_every
+        due = every and (row["epoch"] % every == 0 or row["epoch"] == self.config.epochs)
+        if self.data.train is None or not due or row["knn_accuracy"] is not None:
+            return
+        try:
+            found = evaluate.knn_check(self.backbone, self.data, self.device, self.workers)
+        except Exception as error:
+            self.say(
+                f"no nearest neighbours after epoch {row['epoch']} ({guard.reason(error)}); "
+                f"training goes on"
+            )
+            return
+        row["knn_accuracy"] = found
+        self.log("epoch/knn_accuracy", found, self.step)
+        self._save(keep=False)
 
 
 def check_same(
@@ -508,69 +544,6 @@ def check_same(
                 f"{name} is {now!r}, but the run in {out} was started with {started.get(name)!r}; "
                 f"leave it so, or name another folder with out"
             )
-
-
-_locks: set[int] = set()  # handles of the folders that this process writes runs to
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[Path]:
-    """A folder that nobody else may write a run to meanwhile, where the system has such locks."""
-    if os.name != "posix" or parallel.rank():  # the lead alone writes
-        yield folder
-        return
-    import fcntl
-
-    handle = os.open(folder, os.O_RDONLY)
-    with suppress(OSError):  # some file systems of networks have no locks
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            raise ValueError(
-                f"out: another run is being written to {folder}; wait for its end, or name another "
-                f"folder"
-            ) from None
-    _locks.add(handle)
-    try:
-        yield folder
-    finally:
-        _locks.remove(handle)
-        with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_UN)  # whoever else has the file open
-        os.close(handle)
-
-
-@contextmanager
-def _stoppable() -> Iterator[threading.Event]:
-    """An event that the first SIGINT or SIGTERM sets; the second acts as it usually does."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # only the main thread may handle signals
-        return
-    usual: dict[signal.Signals, Any] = {}
-
-    def ask(*_: Any) -> None:
-        stop.set()
-        for number, handler in usual.items():
-            signal.signal(number, handler)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        usual[number] = signal.signal(number, ask)
-    try:
-        yield stop
-    finally:
-        for number, handler in usual.items():
-            signal.signal(number, handler)
-
-
-def _start_worker(_: int) -> None:
-    """Make a worker live to the end of the step, and no lock live as long as the worker."""
-    if hasattr(os, "setpgrp"):  # Ctrl-C goes to a whole process group
-        os.setpgrp()
-    for handle in _locks:  # inherited; a worker outlives a killed run by seconds
-        os.close(handle)
-    _locks.clear()
 
 
 def _device(name: str) -> torch.device:

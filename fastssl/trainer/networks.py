@@ -180,7 +180,7 @@ def load_backbone(path: str | Path, device: str | torch.device = "cpu") -> Any:
     ``mean`` and ``std`` its images, scaled to [0, 1], were normalised with.
 
     Args:
-        path: A ``backbone.safetensors``, or the folder of the run that wrote it.
+        path: A ``backbone.safetensors``, the folder of the run that wrote it, or a checkpoint.
         device: Where to put it.
 
     Returns:
@@ -189,9 +189,27 @@ def load_backbone(path: str | Path, device: str | torch.device = "cpu") -> Any:
     Example:
         >>> backbone = load_backbone("runs/simclr-digits")  # doctest: +SKIP
     """
+    path = checkpoint.expanded(path)
+    weights, about = read_weights(path)
+    if about is None:
+        raise ValueError(f"{path} is not a backbone that fastssl exported")
+    backbone = build_backbone(about["architecture"], about["channels"], about["size"])
+    backbone.load_state_dict(weights)
+    backbone.about = about
+    return backbone.to(device).eval()
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """The weights of a backbone by name, and what is told about it where fastssl wrote the file.
+
+    Args:
+        path: A safetensors file, the folder of a run, or a checkpoint.
+
+    Raises:
+        ValueError: There is none, or it is damaged.
+    """
     from safetensors import SafetensorError, safe_open
 
-    path = Path(path)
     if path.is_dir():
         run, path = path, path / "backbone.safetensors"
         if (run / "config.yaml").is_file() and not path.is_file():
@@ -201,8 +219,14 @@ def load_backbone(path: str | Path, device: str | torch.device = "cpu") -> Any:
             )
     if not path.is_file():
         raise ValueError(f"path must be a backbone.safetensors or a run's folder, found no {path}")
+    if path.suffix == ".pt":
+        state, own = checkpoint.load(path), "backbone."
+        if "about" not in state:
+            raise ValueError(f"{path} is of an early version, which did not tell of its backbone")
+        weights = {k.removeprefix(own): x for k, x in state["method"].items() if k.startswith(own)}
+        return weights, state["about"]
     try:
-        with safe_open(path, "pt", device=str(device)) as file:
+        with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
@@ -210,10 +234,4 @@ def load_backbone(path: str | Path, device: str | torch.device = "cpu") -> Any:
             f"{path} is truncated or not a safetensors file ({error})"
             f"{checkpoint.remedy(path.parent)}"
         ) from None
-    if FORMAT not in metadata:
-        raise ValueError(f"{path} is not a backbone that fastssl exported")
-    about = json.loads(metadata[FORMAT])
-    backbone = build_backbone(about["architecture"], about["channels"], about["size"])
-    backbone.load_state_dict(weights)
-    backbone.about = about
-    return backbone.to(device).eval()
+    return weights, json.loads(metadata[FORMAT]) if FORMAT in metadata else None

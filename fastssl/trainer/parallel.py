@@ -5,6 +5,8 @@ gradients are averaged, and so all processes hold the same weights, those that o
 have come to. The first one, the lead, evaluates and writes files.
 """
 
+import datetime
+import functools
 import inspect
 import os
 from collections.abc import Iterator
@@ -18,22 +20,29 @@ from torch import distributed as dist
 from fastssl.distributed import sum_over_ranks, world_size
 
 
+def launched() -> bool:
+    """Whether torchrun started several processes: a cluster may set RANK for a single one too."""
+    return int(os.environ.get("WORLD_SIZE") or 1) > 1
+
+
 def rank() -> int:
     """Which process this is, counted from 0, also before the processes have met."""
-    return dist.get_rank() if world_size() > 1 else int(os.environ.get("RANK", "0"))
+    if world_size() > 1:
+        return dist.get_rank()
+    return int(os.environ.get("RANK", "0")) if launched() else 0
 
 
 def local_device(device: torch.device) -> torch.device:
     """The GPU of this process, where a machine has several and none was named."""
-    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if device.type == "cuda" and device.index is None and launched():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return device
 
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
     """Meet the other processes, if torchrun started some and they have not met yet."""
-    if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if dist.is_initialized() or not launched():
         yield
         return
     if device.type == "cuda":
@@ -45,23 +54,34 @@ def process_group(device: torch.device) -> Iterator[None]:
         dist.destroy_process_group()
 
 
+@functools.lru_cache(maxsize=1)
+def _patient(everyone: Any) -> Any:
+    """A group of all whose wait for one another ends with no usual timeout.
+
+    What is waited for in it is read from disks or networks: a data set, or its images.
+    """
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+
+
+def gathered(value: Any) -> list[Any]:
+    """What each process has for value, however long the others take to have it."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value, _patient(dist.group.WORLD))
+    return values
+
+
 @contextmanager
 def lead_first() -> Iterator[None]:
     """The lead goes through the block before the others do, who find what it left."""
-    if world_size() > 1 and rank() > 0:
-        dist.barrier()
-    yield
-    if world_size() > 1 and rank() == 0:
-        dist.barrier()
-
-
-def from_lead(value: Any) -> Any:
-    """What the lead has for value."""
-    if world_size() == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    if rank() > 0:
+        gathered(None)
+    try:
+        yield
+    finally:
+        if rank() == 0:
+            gathered(None)
 
 
 def mean(x: Tensor) -> Tensor:

@@ -28,7 +28,8 @@ from torchvision.utils import make_grid
 
 from fastssl.trainer import augment, checkpoint, evaluate, networks
 from fastssl.trainer.config import Config
-from fastssl.trainer.data import Data, Files, Item
+from fastssl.trainer.data import Data, Item
+from fastssl.trainer.folders import Files
 from fastssl.trainer.methods import METHODS
 
 # Petroff 2021 (arXiv:2107.02270): ten colours that people with any colour vision tell apart.
@@ -104,6 +105,7 @@ FILES = {
     "config.yaml": "the options, ready for --config",
     "environment.json": "versions and devices",
     "checkpoint.pt": "the last checkpoint, to resume from",
+    "checkpoint.best.pt": "the checkpoint of the best nearest-neighbour check",
     "tensorboard": "logs for TensorBoard",
 }
 GALLERY, QUERIES = 5000, 1500  # images that are compared, at most
@@ -138,10 +140,10 @@ def write_report(run: Path, *, data: Data | None = None, data_dir: Path | None =
     Raises:
         ValueError: The folder is not a run, or a file in it is damaged.
     """
-    run = Path(run)
+    run = checkpoint.expanded(run)
     config = evaluate.run_config(run)
     history, results = _history(run), evaluate.read_results(run)
-    images = data or evaluate.load_data(run, data_dir)
+    images = evaluate.load_data(run, data_dir, data)
     method = METHODS[config.method]
     page: dict[str, Any] = {
         "title": f"{config.method} on {images.name}",
@@ -448,9 +450,8 @@ def _few_labels(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def _image(image: Tensor, caption: str = "", alt: str = "", css: str = "") -> Markup:
-    """An image uint8 [C, H, W] as an inline PNG with a caption."""
-    array = image.permute(1, 2, 0).squeeze(-1).numpy()
-    picture = Image.fromarray(array)
+    """An image [C, H, W] as an inline PNG with a caption."""
+    picture = Image.fromarray(_shown(image))
     if max(picture.size) > 2 * networks.SMALL:
         picture.thumbnail((2 * networks.SMALL, 2 * networks.SMALL))
     content = io.BytesIO()
@@ -461,6 +462,14 @@ def _image(image: Tensor, caption: str = "", alt: str = "", css: str = "") -> Ma
     ).format(css, source, alt or caption, caption)
 
 
+def _shown(image: Tensor) -> Any:
+    """An image [C, H, W] as an array, uint8 [H, W] or [H, W, 3]; of other channels the first."""
+    image = image[: 3 if len(image) >= 3 else 1]
+    if image.is_floating_point():
+        image = (image.clamp(0, 1) * 255).to(torch.uint8)
+    return image.permute(1, 2, 0).squeeze(-1).numpy()
+
+
 def _halves(strips: Sequence[Markup]) -> list[Sequence[Markup]]:
     middle = (len(strips) + 1) // 2
     return [strips[:middle], strips[middle:]]
@@ -468,7 +477,8 @@ def _halves(strips: Sequence[Markup]) -> list[Sequence[Markup]]:
 
 def _view_strips(images: Data, config: Config, count: int = 8, least: int = 5) -> list[Markup]:
     """A strip for each of some training images: the image and what the method sees of it."""
-    transforms = METHODS[config.method].views(config, images.size)
+    usual = METHODS[config.method].views(config, images.size)
+    transforms = list(augment.chosen(usual, images))
     shown = (transforms * least)[: max(least, len(transforms))]
     dataset = augment.Views(images.pretrain, shown, config.seed)
     generator = torch.Generator().manual_seed(config.seed)
@@ -510,8 +520,15 @@ def _embedding(run: Path, images: Data, config: Config) -> dict[str, Any]:
         return Subset(dataset, torch.randperm(len(dataset), generator=generator)[:most].tolist())
 
     gallery, queries = some(gallery, GALLERY), some(queries, QUERIES)
-    gallery_x, gallery_y = evaluate.extract(backbone, gallery, data=images, device=device)
-    x, y = evaluate.extract(backbone, queries, data=images, device=device)
+    workers = evaluate.workers_for(config, device)
+
+    def seen(split: Any) -> tuple[Any, Tensor, Tensor]:
+        """A split with its features and labels, less what has none where others have one."""
+        x, y = evaluate.extract(backbone, split, data=images, device=device, workers=workers)
+        shown = (y >= min(0, int(y.max()))).nonzero().flatten()
+        return Subset(split, shown.tolist()), x[shown], y[shown]
+
+    (gallery, gallery_x, gallery_y), (queries, x, y) = map(seen, (gallery, queries))
     labelled = METHODS[config.method].labelled
     return _map(x, y, queries, images, labelled) | _neighbours(
         F.normalize(x) @ F.normalize(gallery_x).T, y, gallery_y, queries, gallery, images
@@ -534,7 +551,7 @@ def _map(x: Tensor, y: Tensor, queries: Any, images: Data, labelled: bool) -> di
     place = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(x.numpy())
     explained = PCA().fit(x.numpy()).explained_variance_ratio_
     directions = int(np.searchsorted(explained.cumsum(), 0.9)) + 1
-    known = len(images.classes) > 0
+    known = len(images.classes) > 0 and bool((y >= 0).all())
 
     def dots(ax: Axes) -> None:
         for label in range(max(1, len(images.classes))):
@@ -566,7 +583,7 @@ def _map(x: Tensor, y: Tensor, queries: Any, images: Data, labelled: bool) -> di
         for i, at in enumerate(place):
             if all(np.abs(at - other).max() > side for other in taken):
                 taken.append(at)
-                picture = queries[i][0].permute(1, 2, 0).squeeze(-1).numpy()
+                picture = _shown(queries[i][0])
                 box = (at[0] - side / 2, at[0] + side / 2, at[1] - side / 2, at[1] + side / 2)
                 ax.imshow(picture, extent=box, cmap="gray_r", aspect="auto")
         low, high = place.min(axis=0) - side, place.max(axis=0) + side
@@ -594,7 +611,7 @@ def _neighbours(
     similarity: Tensor, y: Tensor, gallery_y: Tensor, queries: Any, gallery: Any, images: Data
 ) -> dict[str, Any]:
     """A strip for each of some images: the image and the training images most similar to it."""
-    known = len(images.classes) > 0
+    known = len(images.classes) > 0 and bool((y >= 0).all())
     best = similarity.topk(min(7, len(gallery)))
     if known:
         wrong = gallery_y[best.indices[:, 0]] != y

@@ -226,7 +226,7 @@ def reproduce(
     if labels is None:
         labels = experiment.labels
     ask = Ask(dataset, method or (*experiment.methods, "")[0], labels)
-    out = Path(out or f"runs/{experiment.name}-{dataset}")
+    out = checkpoint.expanded(out or f"runs/{experiment.name}-{dataset}")
     started, whole = time.perf_counter(), data.load(dataset, data_dir)
 
     found = Found()
@@ -239,6 +239,9 @@ def reproduce(
             options: dict[str, Any] = {"method": arm_method, "dataset": dataset, "epochs": epochs}
             options |= {"data_dir": data_dir, "knn_every": 0, "seed": seed, "out": folder}
             config = Config.from_dict({**options, **arm.options}).resolved()
+            if (folder / "config.yaml").exists():  # more epochs would go on with it
+                before = {"epochs": evaluate.run_config(folder).epochs}
+                loop.check_same({"epochs": config.epochs}, before, ("epochs",), folder)
             with contextlib.redirect_stdout(io.StringIO()):
                 run = loop.pretrain(config, resume=True, data=images)
             if not run.complete:

@@ -31,6 +31,33 @@ def test_the_one_before_is_kept_and_nothing_else(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_a_kept_one_stays_as_it_is(tmp_path, monkeypatch, links):
+    if not links:
+
+        def refuse(*_):
+            raise OSError("no links here")
+
+        monkeypatch.setattr(os, "link", refuse)
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, state(step))
+        if step == 2:
+            checkpoint.keep(tmp_path, "best")
+            checkpoint.keep(tmp_path, "best")
+    assert checkpoint.load(tmp_path / "checkpoint.best.pt")["step"] == 2
+    checkpoint.keep(tmp_path, "best")
+    assert checkpoint.load(tmp_path / "checkpoint.best.pt")["step"] == 3
+    assert checkpoint.load(tmp_path / "checkpoint.previous.pt")["step"] == 2
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_the_one_before_may_stay(tmp_path):
+    for step, keep in ((1, True), (2, True), (3, False)):
+        checkpoint.save(tmp_path, state(step), keep=keep)
+    assert checkpoint.load(tmp_path / "checkpoint.pt")["step"] == 3
+    assert checkpoint.load(tmp_path / "checkpoint.previous.pt")["step"] == 1
+
+
 def test_no_checkpoint_is_none(tmp_path):
     assert checkpoint.latest(tmp_path) is None
 

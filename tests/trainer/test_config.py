@@ -1,6 +1,7 @@
 """The options of a run: what they may be, their recipes, presets and files."""
 
 import math
+from pathlib import Path
 
 import pytest
 import yaml
@@ -30,12 +31,19 @@ def test_options_survive_a_file(tmp_path):
     assert Config.from_dict(read_options(tmp_path / "options.yaml")) == config
 
 
+def test_a_tilde_is_the_users_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = Config(dataset="folder", data_dir="~/photos", out=Path("~/runs/x"))
+    assert (config.data_dir, config.out) == (f"{tmp_path}/photos", f"{tmp_path}/runs/x")
+
+
 def test_every_data_set_has_a_complete_recipe():
     for name in ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "stl10", "folder"):
         for method, made in METHODS.items():
             config = Config(dataset=name, method=method).resolved()
             missing = {k for k, v in vars(config).items() if v is None}
-            assert missing == {"image_size", "workers", *METHOD_OPTIONS} - made.defaults.keys()
+            of_folders = {"image_size", "train_split", "test_split"}
+            assert missing == {"workers", *of_folders, *METHOD_OPTIONS} - made.defaults.keys()
             assert config.resolved() == config
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import Subset
+from torch.utils.data import Dataset, Subset, get_worker_info
 
 from fastssl.trainer import checkpoint, data, evaluate, networks
 from fastssl.trainer.config import Config
@@ -127,6 +127,31 @@ def test_extract_leaves_the_network_as_it_was(digits: data.Data) -> None:
     backbone.eval()
     images = digits.normalize(digits.test.images)
     torch.testing.assert_close(x, backbone(images).detach())
+
+
+class ByWorker(Dataset):
+    """Images with the number of the worker that read them, 0 for none, as label."""
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: int) -> data.Item:
+        worker = get_worker_info()
+        return torch.full((1, 16, 16), index, dtype=torch.uint8), worker.id + 1 if worker else 0
+
+
+def test_workers_read_images_that_are_not_in_memory(digits: data.Data) -> None:
+    backbone = networks.build_backbone("cnn", 1, 16)
+    found = {}
+    for workers, batch_size in ((2, 3), (2, 10), (0, 3)):
+        options = {"data": digits, "device": "cpu", "workers": workers, "batch_size": batch_size}
+        found[workers, batch_size], readers = evaluate.extract(backbone, ByWorker(), **options)
+        assert set(readers.tolist()) == ({1, 2} if (workers, batch_size) == (2, 3) else {0})
+    assert torch.equal(found[2, 3], found[0, 3])
+    few = Subset(digits.test, range(20))
+    options = {"data": digits, "device": "cpu", "batch_size": 5}
+    for workers in (0, 10**6):  # which nobody could start
+        evaluate.extract(backbone, few, **options, workers=workers)
 
 
 def test_a_frozen_network_that_changes_is_caught(digits: data.Data) -> None:
@@ -303,7 +328,7 @@ def test_a_data_set_without_labels_is_skipped(
     run = make_run(tmp_path / "run", digits)
     digits = data.load("digits")
     digits.train = digits.test = None
-    monkeypatch.setattr(data, "load", lambda *_: digits)
+    monkeypatch.setattr(data, "load", lambda *_, **__: digits)
     assert evaluate.evaluate_run(run) == {"skipped": "data set 'digits' has no labels"}
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -14,35 +15,27 @@ import time
 import numpy as np
 import pytest
 import torch
+from small_methods import SMALL
 
 pytest.importorskip("torchvision")
 from PIL import Image
 
-from fastssl.trainer import Config, checkpoint, data, load_backbone, loop, networks, pretrain
+from fastssl.trainer import (
+    Config,
+    checkpoint,
+    data,
+    evaluate,
+    load_backbone,
+    loop,
+    networks,
+    optim,
+    pretrain,
+)
 from fastssl.trainer.config import read_options
 from fastssl.trainer.methods import METHODS
 
 TIMES = ("seconds", "images_per_second", "loss_share")
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-# Small networks, and all that a method does within a few epochs of four steps.
-SMALL = {
-    "simclr": {},
-    "supcon": {"projection_hidden": 64, "projection_dim": 16},
-    "moco": {"projection_hidden": 64, "projection_dim": 16, "queue_length": 20},
-    "instance": {"projection_dim": 16, "negatives": 20},
-    "pirl": {"projection_dim": 16, "negatives": 0, "temperature": 0.07},
-    "barlow": {"projection_hidden": 64, "projection_dim": 16},
-    "vicreg": {"projection_hidden": 64, "projection_dim": 16},
-    "swav": {
-        **{"projection_hidden": 64, "projection_dim": 16, "prototypes": 8, "local_crops": 2},
-        **{"freeze_epochs": 1, "queue_length": 20, "queue_start": 1},
-    },
-    "byol": {"projection_hidden": 64, "projection_dim": 16, "prediction_hidden": 64},
-    "simsiam": {"projection_hidden": 64, "projection_dim": 64, "prediction_hidden": 16},
-    "rotation": {"projection_hidden": 64},
-    "jigsaw": {"projection_hidden": 64, "projection_dim": 16, "permutations": 4},
-    "relative-patch": {"projection_hidden": 64, "projection_dim": 16},
-}
 
 
 @pytest.fixture
@@ -329,12 +322,178 @@ def test_float16_is_refused_on_a_cpu(tiny):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("method", "barlow"), ("epochs", 4), ("temperature", 0.1), ("seed", 7)]
+    ("name", "value"), [("method", "barlow"), ("temperature", 0.1), ("seed", 7), ("lr", 0.5)]
 )
 def test_a_run_does_not_resume_with_another_option(tiny, name, value):
     pretrain(Config(**tiny(epochs=1)))
     with pytest.raises(ValueError, match=rf"{name} is {value!r}, but the run .* was started with"):
         pretrain(Config(**tiny(**{"epochs": 1, name: value})), resume=True)
+
+
+def test_a_finished_run_is_trained_for_longer(tiny, capsys):
+    """With the schedule of all its epochs, and the warm-up that it had."""
+    short = pretrain(Config(**tiny(epochs=2, warmup_epochs=1)))
+    backbone = (short.path / "backbone.safetensors").read_bytes()
+    for name in ("evaluation.json", "report.html"):
+        (short.path / name).write_text("of the short run")
+    run = pretrain(Config(**tiny(epochs=20)), resume=True)
+    printed = capsys.readouterr().out
+    assert "continuing" in printed
+    assert "the backbone after epoch 2 is kept as backbone.epoch-2.safetensors" in printed
+    assert len(run.history) == 20
+    assert run.history[:2] == short.history
+    rates = [row["lr"] for row in run.history]
+    peak = Config(**tiny()).resolved().lr
+    expected = [peak * optim.schedule(4 * epoch + 3, 80, 4) for epoch in range(20)]
+    assert rates[2:] == pytest.approx(expected[2:])
+    assert rates[1] < rates[2]  # the short one had come to its end
+    assert (run.path / "backbone.epoch-2.safetensors").read_bytes() == backbone
+    assert not (run.path / "evaluation.json").exists()
+    assert not (run.path / "report.html").exists()
+    options = read_options(run.path / "config.yaml")
+    assert (options["epochs"], options["warmup_epochs"]) == (20, 1)
+    with pytest.raises(
+        ValueError, match=r"epochs must be at least 20, .*run was started with, got"
+    ):
+        pretrain(Config(**tiny(epochs=19)), resume=True)
+
+
+def test_checkpoints_are_kept_by_epoch_and_by_accuracy(tiny, monkeypatch):
+    accuracies = iter([0.2, 0.6, 0.6, 0.5, 0.4])
+    monkeypatch.setattr(evaluate, "knn_check", lambda *_: next(accuracies))
+    run = pretrain(Config(**tiny(epochs=5, knn_every=1, keep_best=True, keep_every=2)))
+    kept = {path.name: checkpoint.load(path) for path in run.path.glob("checkpoint.*.pt")}
+    steps = {name: state["step"] for name, state in kept.items()}
+    assert steps == {
+        **{"checkpoint.best.pt": 8, "checkpoint.epoch-2.pt": 8, "checkpoint.epoch-4.pt": 16},
+        "checkpoint.previous.pt": 16,
+    }
+    assert kept["checkpoint.best.pt"]["history"][-1]["knn_accuracy"] == 0.6
+    backbone = load_backbone(run.path / "checkpoint.epoch-4.pt")
+    assert backbone.about == load_backbone(run.path).about
+    assert torch.equal(
+        backbone[0].weight, kept["checkpoint.epoch-4.pt"]["method"]["backbone.0.weight"]
+    )
+
+
+def test_a_kept_checkpoint_is_a_run_to_go_on_with(tiny, tmp_path):
+    whole = pretrain(Config(**tiny(keep_every=1)))
+    (tmp_path / "other").mkdir()
+    (whole.path / "checkpoint.epoch-1.pt").rename(tmp_path / "other" / "checkpoint.pt")
+    other = pretrain(Config(**tiny(out=str(tmp_path / "other"))), resume=True)
+    assert_same_result(other, whole)
+
+
+def test_an_early_checkpoint_says_that_it_does_not_tell_of_its_backbone(tiny):
+    run = pretrain(Config(**tiny(epochs=1)))
+    state = checkpoint.load(run.path / "checkpoint.pt")
+    del state["about"]
+    torch.save(state, run.path / "checkpoint.pt")
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is of an early version"):
+        load_backbone(run.path / "checkpoint.pt")
+
+
+def test_a_longer_run_resumes_bit_for_bit(tiny, tmp_path, at_step):
+    runs = []
+    for name, stop in (("whole", None), ("stopped", 17)):
+        options = tiny(out=str(tmp_path / name))
+        pretrain(Config(**options))
+        options["epochs"] = 6
+        if stop:
+            at_step(stop, lambda trainer: os.kill(os.getpid(), signal.SIGINT))
+            assert not pretrain(Config(**options), resume=True).complete
+        runs.append(pretrain(Config(**options), resume=True))
+    assert_same_result(*runs)
+
+
+def test_other_images_of_the_same_number_are_refused(unlabelled, tmp_path):
+    pretrain(Config(**unlabelled))
+    (tmp_path / "run" / "backbone.safetensors").unlink()
+    (tmp_path / "0.png").rename(tmp_path / "moved.png")
+    with pytest.raises(ValueError, match=r"data_dir: .* as many images as .* not the same ones"):
+        pretrain(Config(**unlabelled), resume=True)
+    (tmp_path / "moved.png").rename(tmp_path / "0.png")
+    (tmp_path / "elsewhere").mkdir()
+    for image in tmp_path.glob("*.png"):
+        image.rename(tmp_path / "elsewhere" / image.name)
+    moved = {**unlabelled, "data_dir": str(tmp_path / "elsewhere")}
+    assert pretrain(Config(**moved), resume=True).complete
+
+
+def test_a_checkpoint_without_a_checksum_goes_on_by_the_number_of_images(unlabelled, tmp_path):
+    run = pretrain(Config(**unlabelled))
+    (tmp_path / "run" / "backbone.safetensors").unlink()
+    state = checkpoint.load(run.path / "checkpoint.pt")
+    for name in loop.LATER:
+        del state[name]
+    state["config"] = {k: v for k, v in state["config"].items() if k not in ("labels", "weights")}
+    torch.save(state, run.path / "checkpoint.pt")
+    (tmp_path / "0.png").rename(tmp_path / "moved.png")
+    assert pretrain(Config(**unlabelled), resume=True).complete
+
+
+@pytest.fixture
+def cut_off(unlabelled, tmp_path):
+    """Options of a run whose test split has a damaged image."""
+    for i, (split, label) in enumerate(itertools.product(("train", "test"), ("cat", "dog"))):
+        folder = tmp_path / "images" / split / label
+        folder.mkdir(parents=True)
+        for j in range(4):
+            pixels = np.random.default_rng(4 * i + j).integers(0, 255, (9, 9, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{j}.png")
+    (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:60])
+    return {**unlabelled, "data_dir": str(tmp_path / "images"), "epochs": 4, "knn_every": 2}
+
+
+def test_a_check_that_fails_is_told_and_training_goes_on(cut_off, capsys):
+    run = pretrain(Config(**cut_off))
+    assert run.complete
+    assert [row["knn_accuracy"] for row in run.history] == [None] * 4
+    told = [x for x in capsys.readouterr().out.splitlines() if x.startswith("no nearest neigh")]
+    assert [line.split(" (")[0][-7:] for line in told] == ["epoch 2", "epoch 4"]
+    assert all("test/dog/3.png cannot be read as an image" in line for line in told)
+
+
+def test_what_made_a_check_fail_may_be_left_out_on_resuming(cut_off, tmp_path, at_step):
+    at_step(3, lambda trainer: os.kill(os.getpid(), signal.SIGINT))  # the last of epoch 2
+    assert not pretrain(Config(**cut_off)).complete
+    run = pretrain(Config(**{**cut_off, "damaged": "skip"}), resume=True)
+    assert [row["knn_accuracy"] is None for row in run.history] == [True, False, True, False]
+    assert read_options(run.path / "config.yaml")["damaged"] == "skip"
+    (tmp_path / "images/train/cat/0.png").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"has 7 images, but the run in .* was started with 8"):
+        pretrain(Config(**{**cut_off, "damaged": "skip"}), resume=True)
+
+
+def test_how_often_neighbours_are_looked_for_may_change_on_resuming(tiny, at_step):
+    at_step(5, lambda trainer: os.kill(os.getpid(), signal.SIGINT))
+    assert not pretrain(Config(**tiny(knn_every=0))).complete
+    run = pretrain(Config(**tiny(knn_every=1)), resume=True)
+    assert [row["knn_accuracy"] is None for row in run.history] == [True, False, False]
+    complete = pretrain(Config(**tiny(knn_every=2)), resume=True)
+    assert complete.history == run.history
+    assert read_options(run.path / "config.yaml")["knn_every"] == 2
+
+
+def test_an_epoch_is_saved_before_its_check_which_a_resumed_run_makes_up_for(
+    tiny, tmp_path, monkeypatch
+):
+    whole = pretrain(Config(**tiny(out=str(tmp_path / "whole"))))
+
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "knn_check", kill)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(Config(**tiny()))
+    saved = checkpoint.load(tmp_path / "run" / "checkpoint.pt")
+    assert saved["step"] == 8
+    assert saved["history"][1]["knn_accuracy"] is None
+    resumed = pretrain(Config(**tiny()), resume=True)
+    assert_same_result(resumed, whole)
+    with (resumed.path / "metrics.csv").open(newline="") as file:
+        assert [bool(row["knn_accuracy"]) for row in csv.DictReader(file)] == [False, True, True]
 
 
 def test_a_damaged_checkpoint_stops_a_resume_and_the_one_before_works(tiny, tmp_path):
@@ -419,6 +578,22 @@ def unlabelled(tmp_path):
     options = {"dataset": "folder", "data_dir": str(tmp_path), "image_size": 8, "device": "cpu"}
     small = {"backbone": "cnn", "epochs": 1, "batch_size": 3, "workers": 0}
     return {**options, **small, "out": str(tmp_path / "run")}
+
+
+def test_a_run_begins_with_the_classes_and_what_was_left_out(unlabelled, tmp_path, capsys):
+    for i, label in enumerate(("cat", "dog", ".ipynb_checkpoints") * 5):
+        (tmp_path / "images" / label).mkdir(parents=True, exist_ok=True)
+        Image.new("L", (9, 9), i).save(tmp_path / "images" / label / f"{i}.png")
+    (tmp_path / "images" / "notes.txt").write_text("about them")
+    pretrain(Config(**{**unlabelled, "data_dir": str(tmp_path / "images"), "knn_every": 0}))
+    started, *told = capsys.readouterr().out.splitlines()[:5]
+    assert started.startswith("simclr on folder: 8 images")
+    assert told == [
+        "2 classes, with images to train on + to test on: cat 4 + 1, dog 4 + 1",
+        "left out, no images: .txt (1)",
+        "left out, hidden: .ipynb_checkpoints (1)",
+        "splits: every fifth image of a class is to test on",
+    ]
 
 
 def test_a_folder_without_labels_trains_without_knn(unlabelled):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import processes
@@ -19,7 +20,7 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 
 pytest.importorskip("torchvision")
 
-from fastssl.trainer import Config, checkpoint, loop, parallel
+from fastssl.trainer import Config, checkpoint, data, evaluate, loop, networks, parallel
 from fastssl.trainer.methods import METHODS
 
 RANKS = 2
@@ -127,6 +128,36 @@ def test_a_run_goes_on_in_one_process_and_in_two_again(
     assert (run / "backbone.safetensors").exists()
     events = [path.read_bytes() for path in (run / "tensorboard").iterdir()]
     assert len(events) == 3  # one for each time
+
+
+def test_a_check_that_takes_longer_than_the_processes_wait_ends_no_run(tmp_path: Path) -> None:
+    """Nor does one that fails in another process than the lead."""
+    run = options("simclr", tmp_path) | {"epochs": 1, "knn_every": 1}
+    arguments = (RANKS, get_free_port(), tmp_path, run)
+    multiprocessing.spawn(processes.check, arguments, nprocs=RANKS)
+    first, *others = (torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS))
+    digits = data.load("digits")
+    few = torch.utils.data.Subset(digits.train, range(processes.IMAGES))
+    alone = dataclasses.replace(digits, train=few)
+    network = networks.load_backbone(tmp_path / "simclr" / "backbone.epoch-1.safetensors")
+    for history in (first, *others):
+        measured = [row["knn_accuracy"] for row in history]
+        assert measured == [evaluate.knn_check(network, alone, "cpu"), measured[0], None]
+
+
+@pytest.mark.parametrize("world", [None, "", "1"])
+def test_a_single_process_is_the_lead_whatever_its_cluster_calls_it(
+    tiny: Callable[..., dict], monkeypatch: pytest.MonkeyPatch, world: str | None
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if world is not None:
+        monkeypatch.setenv("WORLD_SIZE", world)
+    assert parallel.local_device(torch.device("cuda")) == torch.device("cuda")
+    run = loop.pretrain(Config(**tiny(epochs=1)))
+    assert run.complete
+    assert (run.path / checkpoint.NAME).exists()
 
 
 def test_a_batch_that_does_not_divide_is_an_error(

@@ -13,7 +13,7 @@ from PIL import Image
 
 from fastssl.trainer import data, evaluate, networks, report
 from fastssl.trainer.config import Config
-from fastssl.trainer.data import Files
+from fastssl.trainer.folders import Files
 from fastssl.trainer.methods import METHODS
 
 
@@ -351,7 +351,7 @@ def test_images_without_labels_have_a_map_and_neighbours(
     )
     Config(dataset="folder", backbone="cnn", epochs=3).resolved().save(run / "config.yaml")
     evaluate._write(run, {"skipped": "data set 'folder' has no labels"})
-    monkeypatch.setattr(data, "load", lambda *_: unlabelled)
+    monkeypatch.setattr(data, "load", lambda *_, **__: unlabelled)
     text = Page(report.write_report(run).read_text()).text
     assert "has not been evaluated: data set 'folder' has no labels" in text
     assert "An image and the images most similar to it." in text

@@ -49,4 +49,6 @@ class SupCon(TwoViews):
     def forward(self, batch: "Batch") -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """The loss of the two views with the labels, and their embeddings."""
         z0, z1 = F.normalize(self.head(self.backbone(torch.cat(batch.views)))).chunk(2)
-        return self.loss(torch.stack([z0, z1], 1), batch.labels), (z0, z1)
+        unknown = -1 - batch.index  # each a class of its own
+        labels = torch.where(batch.labels < 0, unknown, batch.labels)
+        return self.loss(torch.stack([z0, z1], 1), labels), (z0, z1)
