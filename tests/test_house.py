@@ -136,7 +136,7 @@ TESTED_BY_OTHERS = {
         *("energy_dual", "energy_features", "energy_outliers", "energy_statistics"),
         *("energy_tiles", "gpu", "tiles"),
     },
-    "trainer": {"datasets", "environment", "experiments"},
+    "trainer": {"datasets", "experiments", "guard", "logs"},
     "trainer/methods": {"barlow", "base", "simclr", "vicreg"},
     "integrations": set(),
 }
