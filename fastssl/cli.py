@@ -269,7 +269,10 @@ def _print_learned(results: dict[str, Any]) -> None:
 
     table = Table(title="accuracy on the test split", title_justify="left")
     table.add_column("")
-    for column in ("pretrained", "without pretraining"):
+    columns = {"pretrained": "pretrained", "random": "without pretraining"}
+    if "weights" in results["knn"]:
+        columns["weights"] = "as it began"
+    for column in columns.values():
         table.add_column(column, justify="right")
     rows = [
         ("nearest neighbours, frozen features", results["knn"]),
@@ -277,7 +280,7 @@ def _print_learned(results: dict[str, Any]) -> None:
         *((f"linear probe after {stage['name']}", stage) for stage in results["stages"][:-1]),
     ]
     for words, row in rows:
-        table.add_row(words, *(f"{row[arm]:.1%}" for arm in ("pretrained", "random")))
+        table.add_row(words, *(f"{row[arm]:.1%}" for arm in columns))
     for row in results["few_labels"]:
         arms = (row["fine_tuned"], row["from_scratch"])
         cells = (f"{arm['mean']:.1%} ± {100 * arm['std']:.1f}" for arm in arms)

@@ -15,9 +15,9 @@ from fastssl.ops.backend import BACKENDS
 from fastssl.trainer import checkpoint
 from fastssl.trainer.datasets import FOLDER_OPTIONS, GREY
 from fastssl.trainer.methods import METHODS
-from fastssl.trainer.networks import BACKBONES, HEAD_NORMS
+from fastssl.trainer.networks import BACKBONES, HEAD_NORMS, TIMM
 
-PATHS = ("data_dir", "out")  # options in which ~ is the user's folder
+PATHS = ("data_dir", "out", "weights")  # options in which ~ is the user's folder
 PRESETS = Path(__file__).parent / "presets"
 # What an option left at None becomes, by data set.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -73,7 +73,16 @@ class Config:
         None, "the subfolder with a folder's classes to train on (default by its usual names)"
     )
     test_split: str = _option(None, "the subfolder with those to test on, likewise")
-    backbone: str = _option(None, "network to pretrain (default by data set)", BACKBONES)
+    backbone: str = _option(
+        None,
+        "network to pretrain, any of timm's as timm/NAME (default by data set)",
+        (*BACKBONES, f"{TIMM}NAME"),
+    )
+    weights: str = _option(
+        None,
+        "weights to begin with: a safetensors file, a run, a checkpoint, or timm/NAME for those "
+        "that timm has or downloads (default random ones)",
+    )
     epochs: int = _option(None, "passes over the images (default by data set)", least=1)
     batch_size: int = _option(None, "images per step (default by data set)", least=2)
     temperature: float = _option(
@@ -327,7 +336,8 @@ def _checked(option: "dataclasses.Field[Any]", kind: Any, value: Any) -> Any:
         words = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
         raise ValueError(f"{option.name} must be {words[kind]}, got {value!r}")
     choices, least = option.metadata["choices"], option.metadata["least"]
-    if choices and value not in choices:
+    free = tuple(x.removesuffix("NAME") for x in choices or () if x.endswith("/NAME"))
+    if choices and value not in choices and not value.startswith(free):
         raise ValueError(f"{option.name} cannot be {_unknown(value, choices)}")
     if least is not None and not least <= value < math.inf:
         raise ValueError(f"{option.name} must be at least {least} and finite, got {value}")

@@ -398,10 +398,10 @@ def evaluate_run(
     """Evaluate the backbone of a run and write the results to its ``evaluation.json``.
 
     Nearest neighbours and a linear probe see frozen features of the whole training split, those of
-    the pretrained backbone and those of one that is random; the linear probe sees every stage of
-    both. Then ``DRAWS`` draws each of a few class-balanced labelled images train four classifiers:
-    the pretrained backbone fine-tuned, the same network from scratch by the very same recipe, and a
-    linear classifier on either frozen backbone.
+    the pretrained backbone, of one that is random and, if there were any, of that with the weights
+    that pretraining began with; the linear probe sees every stage of them. Then ``DRAWS`` draws
+    each of a few class-balanced labelled images train the pretrained backbone, fine-tuned, the same
+    network from scratch by the very same recipe, and a linear classifier on each frozen backbone.
 
     Args:
         run: The folder that ``pretrain`` wrote.
@@ -442,12 +442,20 @@ def evaluate_run(
             print(f"left out {left_out} labels: the training split has {available} images")
 
     architecture = pretrained.about["architecture"]
+    backbones = {
+        "pretrained": pretrained,
+        "random": untrained(architecture, images, config.seed, device),
+    }
+    if config.weights:
+        begun = untrained(architecture, images, config.seed, "cpu")
+        try:
+            networks.load_weights(begun, architecture, config.weights, images.channels, images.size)
+            backbones["weights"] = begun.to(device)
+        except ValueError as error:
+            print(f"left out what pretraining began with: {error}")
     features: dict[str, Any] = {}
     of_stages: dict[str, Any] = {}
-    for name, backbone in (
-        ("pretrained", pretrained),
-        ("random", untrained(architecture, images, config.seed, device)),
-    ):
+    for name, backbone in backbones.items():
         every_stage = networks.StageFeatures(backbone)
         (train_x, train_y), (test_x, test_y) = (
             extract(every_stage, split, data=images, device=device, workers=workers)

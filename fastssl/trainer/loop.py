@@ -35,6 +35,7 @@ from fastssl.trainer import (
 from fastssl.trainer.config import Config
 from fastssl.trainer.data import Data, checksum, of_config
 from fastssl.trainer.environment import cores, default_workers, environment
+from fastssl.trainer.folders import told
 from fastssl.trainer.methods import METHODS
 
 LATER = {"about", "checksum"}  # what early checkpoints do not have
@@ -121,7 +122,7 @@ def _pretrain(config: Config, out: Path, resume: bool, data: Data | None) -> Run
             )
         if config.warmup_epochs is None:  # by default a longer run keeps that of the shorter one
             config = dataclasses.replace(config, warmup_epochs=started.get("warmup_epochs"))
-    trainer = Trainer(config, data)
+    trainer = Trainer(config, data, fresh=state is None)
     if state:
         trainer.restore(state)
         whole = all((out / name).exists() for name in ("backbone.safetensors", "config.yaml"))
@@ -140,8 +141,9 @@ def _pretrain(config: Config, out: Path, resume: bool, data: Data | None) -> Run
 class Trainer:
     """Everything that a run is made of; `step` and what `state` returns change as it goes on."""
 
-    def __init__(self, config: Config, data: Data | None = None) -> None:
+    def __init__(self, config: Config, data: Data | None = None, fresh: bool = True) -> None:
         self.config = config = config.resolved()
+        networks.check_backbone(config.backbone)
         self.device = _device(config.device)
         try:
             resolve(config.backend, torch.empty(0, device=self.device))
@@ -184,6 +186,12 @@ class Trainer:
 
         torch.manual_seed(config.seed)
         self.backbone = networks.build_backbone(config.backbone, self.data.channels, self.data.size)
+        if config.weights and fresh:
+            left = networks.load_weights(
+                self.backbone, config.backbone, config.weights, self.data.channels, self.data.size
+            )
+            rest = f", but for {told(left)}" if left else ""
+            self.say(f"beginning with the weights of {config.weights}{rest}")
         self.about: dict[str, Any] = {
             "architecture": config.backbone,
             "channels": self.data.channels,
@@ -205,6 +213,9 @@ class Trainer:
         self.views = augment.Views(self.images, transforms, config.seed)
         if self.given:
             given.check_views(self.views, self.data)
+        if config.backbone.startswith(networks.TIMM):  # which may be made for one size alone
+            for shape in {view.shape[-3:] for view in self.views[0, 0][0]}:
+                networks.try_on(self.backbone, config.backbone, shape)
         self.optimizer = optim.build(self.method, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
         self.workers = config.workers

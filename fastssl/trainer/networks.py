@@ -1,5 +1,6 @@
 """Backbones, the projection head, and the exported backbone file."""
 
+import difflib
 import itertools
 import json
 import math
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from fastssl.trainer import checkpoint
 
 BACKBONES = ("cnn", "resnet18", "resnet34", "resnet50")
+TIMM = "timm/"  # begins the names of timm's networks
 SMALL = 64  # images up to this side get a stem that keeps their resolution
 FORMAT = "fastssl backbone 1"
 
@@ -85,17 +87,23 @@ def build_backbone(name: str, channels: int, size: int) -> Any:
     it for CIFAR-10.
 
     Args:
-        name: One of `BACKBONES`.
+        name: One of `BACKBONES`, or timm/NAME for any network of timm's, less its classifier.
         channels: Channels of the images.
         size: Side of the images.
 
     Returns:
         A Module with an integer attribute ``out_features``.
+
+    Raises:
+        ValueError: There is no such backbone, or it does not take such images.
     """
-    if name not in BACKBONES:
-        raise ValueError(f"backbone must be one of {', '.join(BACKBONES)}, got {name!r}")
+    check_backbone(name)
     if name == "cnn":
         return CNN(channels)
+    if name.startswith(TIMM):
+        network = _of_timm(name, channels, size)
+        network.out_features = try_on(network, name, (channels, size, size))
+        return network
     import torchvision  # here, so that the names above can be listed without it
 
     network = getattr(torchvision.models, name)(weights=None)
@@ -109,16 +117,122 @@ def build_backbone(name: str, channels: int, size: int) -> Any:
     return network
 
 
+def check_backbone(name: str) -> None:
+    """Raise ValueError if there is no backbone of that name."""
+    if name in BACKBONES:
+        return
+    if not name.startswith(TIMM):
+        known = f"{', '.join(BACKBONES)} or {TIMM}NAME"
+        raise ValueError(f"backbone must be {known}, got {name!r}")
+    import timm
+
+    if not timm.is_model(name.removeprefix(TIMM)):
+        plain = name.removeprefix(TIMM).partition(".")[0]
+        close = difflib.get_close_matches(plain, timm.list_models(), n=3)
+        hint = f"; did you mean {' or '.join(TIMM + other for other in close)}?" if close else ""
+        raise ValueError(f"backbone {name!r} is none of timm {timm.__version__}{hint}")
+
+
+def _of_timm(name: str, channels: int, size: int, pretrained: bool = False) -> Any:
+    """A network of timm's without its classifier, and for this size if it is made for one."""
+    import timm
+
+    # Some that are made for a size take others too, and most are made for none.
+    sizes: list[dict[str, Any]] = [{"img_size": size, "dynamic_img_size": True}]
+    sizes += [{"img_size": size}, {}]
+    for options in sizes:
+        options |= {"in_chans": channels, "num_classes": 0, "pretrained": pretrained}
+        try:
+            return timm.create_model(name.removeprefix(TIMM), **options)
+        except TypeError as error:
+            problem: Exception = error
+            if "unexpected keyword" not in str(error):
+                break
+        except (AssertionError, RuntimeError, ValueError) as error:
+            if pretrained:  # it may be the download
+                raise
+            problem = error
+            break
+    raise _unfit(name, (channels, size, size), problem) from None
+
+
+def try_on(network: nn.Module, name: str, shape: tuple[int, ...]) -> int:
+    """How many features a network makes of images of a shape [C, H, W], which it may refuse."""
+    network.eval()
+    device = next(network.parameters()).device
+    try:
+        with torch.no_grad():
+            features = network(torch.zeros(1, *shape, device=device))
+        if features.dim() != 2:
+            raise ValueError(f"its features have the shape {tuple(features.shape)}")
+    except (AssertionError, IndexError, RuntimeError, ValueError) as error:
+        raise _unfit(name, shape, error) from None
+    network.train()
+    return int(features.shape[1])
+
+
+def _unfit(name: str, shape: tuple[int, ...], error: Exception) -> ValueError:
+    images = f"[{', '.join(map(str, shape))}]"
+    return ValueError(f"backbone {name!r} does not take images {images} ({error})")
+
+
+def load_weights(
+    backbone: nn.Module, name: str, source: str, channels: int, size: int
+) -> list[str]:
+    """Put the weights to begin with into a backbone.
+
+    Args:
+        backbone: What `build_backbone` made.
+        name: Its name.
+        source: A safetensors file, a run or a checkpoint; or timm/NAME, for the weights that timm
+            has for that network, which it may have to download.
+        channels: Channels of the images.
+        size: Side of the images.
+
+    Returns:
+        The names of what is in the source and not in the backbone, a classifier for example.
+
+    Raises:
+        ValueError: They cannot be had, or do not fit.
+    """
+    try:
+        if source.startswith(TIMM):
+            weights = _of_timm(source, channels, size, pretrained=True).state_dict()
+        else:
+            weights, _ = read_weights(checkpoint.expanded(source))
+    except Exception as error:  # what timm or its downloads raise is of many kinds
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"weights {source!r} cannot be read ({reason})") from None
+    own = backbone.state_dict()
+    counts = ".num_batches_tracked"  # which nothing depends on
+    faults = [f"{x} is missing" for x in own if x not in weights and not x.endswith(counts)]
+    faults += [
+        f"{key} is {list(weights[key].shape)} there and {list(x.shape)} here"
+        for key, x in own.items()
+        if key in weights and weights[key].shape != x.shape
+    ]
+    if faults:
+        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise ValueError(
+            f"weights {source!r} do not fit backbone {name!r} for images [{channels}, {size}, "
+            f"{size}]: {', '.join(faults[:3])}{more}"
+        )
+    backbone.load_state_dict({key: weights.get(key, x) for key, x in own.items()})
+    return sorted(weights.keys() - own.keys())
+
+
 def stages(backbone: Any) -> dict[str, nn.Module]:
     """The modules of a backbone after which a probe may look, by name, the first layer first.
 
-    They are the four blocks of the ``cnn``, and the stem and the four layers of a ResNet. Each
-    returns feature maps [B, C, H, W]; the average of the last one over the image is
-    what the backbone returns.
+    They are the four blocks of the ``cnn``, and the stem and the four layers of a ResNet; of timm's
+    networks none is known. Each returns feature maps [B, C, H, W]; the average of the last one over
+    the image is what the backbone returns.
     """
     if isinstance(backbone, CNN):
         ends = [module for module in backbone if isinstance(module, nn.ReLU)]
         return {f"block{i}": module for i, module in enumerate(ends, 1)}
+    if not type(backbone).__module__.startswith("torchvision."):
+        return {}
     layers = {f"layer{i}": getattr(backbone, f"layer{i}") for i in (1, 2, 3, 4)}
     return {"stem": backbone.maxpool, **layers}
 
@@ -149,7 +263,7 @@ class StageFeatures(nn.Module):
         finally:
             for hook in hooks:
                 hook.remove()
-        found[next(reversed(found))] = features  # the backbone's own average
+        found[next(reversed(found), "features")] = features  # the backbone's own average
         self.widths = {name: part.shape[1] for name, part in found.items()}
         return torch.cat(list(found.values()), dim=1)
 
@@ -220,7 +334,13 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     if not path.is_file():
         raise ValueError(f"path must be a backbone.safetensors or a run's folder, found no {path}")
     if path.suffix == ".pt":
-        state, own = checkpoint.load(path), "backbone."
+        try:
+            state, own = checkpoint.load(path), "backbone."
+        except ValueError:
+            raise ValueError(
+                f"{path} is damaged or not a checkpoint of fastssl; weights of other programs are "
+                f"read from safetensors files"
+            ) from None
         if "about" not in state:
             raise ValueError(f"{path} is of an early version, which did not tell of its backbone")
         weights = {k.removeprefix(own): x for k, x in state["method"].items() if k.startswith(own)}

@@ -109,21 +109,31 @@ def convert_batch_norm(network: nn.Module, device: torch.device) -> None:
     """Make every batch norm in a network one of the whole batch."""
     if world_size() == 1:
         return
+    norms = [x for x in network.modules() if isinstance(x, nn.modules.batchnorm._BatchNorm)]
     if device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
+        convert: Any = nn.SyncBatchNorm.convert_sync_batchnorm
+        if any(hasattr(norm, "act") for norm in norms):  # timm's, with an activation in it
+            from timm.layers.norm_act import convert_sync_batchnorm as convert
+        convert(network)
         return
-    for module in network.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.__class__ = _WholeBatchNorm
+    for norm in norms:
+        norm.__class__ = _WholeBatchNorm
 
 
 class _WholeBatchNorm(nn.modules.batchnorm._BatchNorm):
     """What SyncBatchNorm does on a GPU, for processes on CPUs."""
 
+    act: Any
+    drop: Any
+
     def _check_input_dim(self, input: Tensor) -> None:
         """Any number of dimensions will do."""
 
     def forward(self, input: Tensor) -> Tensor:
+        x = self._normalized(input)
+        return self.act(self.drop(x)) if hasattr(self, "act") else x  # timm's have these two
+
+    def _normalized(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
         dims = [i for i in range(input.dim()) if i != 1]

@@ -171,7 +171,8 @@ def write_report(run: Path, *, data: Data | None = None, data_dir: Path | None =
     if history:
         page |= _training(history, results, config)
     if results and "skipped" not in results:
-        page["stages"] = _stages(results)
+        if len(results["stages"]) > 1:
+            page["stages"] = _stages(results)
         if results["few_labels"]:  # none of fewer images than the smallest number of labels
             page["few"] = _few_labels(results)
     if (run / "backbone.safetensors").exists():

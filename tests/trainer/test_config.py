@@ -43,7 +43,10 @@ def test_every_data_set_has_a_complete_recipe():
             config = Config(dataset=name, method=method).resolved()
             missing = {k for k, v in vars(config).items() if v is None}
             of_folders = {"image_size", "train_split", "test_split"}
-            assert missing == {"workers", *of_folders, *METHOD_OPTIONS} - made.defaults.keys()
+            assert (
+                missing
+                == {"workers", "weights", *of_folders, *METHOD_OPTIONS} - made.defaults.keys()
+            )
             assert config.resolved() == config
 
 
@@ -69,6 +72,7 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path):
         ({"method": "simcrl"}, r"method cannot be 'simcrl'; did you mean 'simclr'\?"),
         ({"dataset": "cifar"}, r"dataset cannot be 'cifar'; did you mean 'cifar10'\? .*digits"),
         ({"backbone": "vgg"}, r"backbone cannot be 'vgg'.*accepted: cnn, resnet18"),
+        ({"backbone": "tim/vit"}, r"backbone cannot be 'tim/vit'.*resnet50, timm/NAME"),
         ({"optimizer": "adam"}, r"optimizer cannot be 'adam'; did you mean 'adamw'"),
         ({"precision": "fp8"}, r"precision cannot be 'fp8'.*bfloat16"),
         ({"backend": "cuda"}, r"backend cannot be 'cuda'.*auto, triton, torch"),

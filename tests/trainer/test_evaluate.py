@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, Subset, get_worker_info
 
+from fastssl import cli
 from fastssl.trainer import checkpoint, data, evaluate, networks
 from fastssl.trainer.config import Config
 
@@ -244,6 +245,23 @@ def test_evaluation_of_a_run(
         assert row[arm]["std"] == pytest.approx(abs(first - second) / math.sqrt(2))
     # This "pretrained" backbone is an untrained one of seed 0, as is the random one.
     assert results["knn"]["pretrained"] == results["knn"]["random"]
+
+
+def test_what_pretraining_began_with_is_evaluated_beside(tmp_path, digits, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "DRAWS", 2)
+    monkeypatch.setitem(evaluate.FEW_LABELS, "steps", 1)
+    monkeypatch.setattr(evaluate, "linear_probe", lambda _, __, x, ___: x.mean().item())
+    first = make_run(tmp_path / "first", digits)
+    run = make_run(tmp_path / "run", digits, weights=str(first), seed=1)
+    results = evaluate.evaluate_run(run, labels=[20])
+    for name in ("knn", "linear"):  # both files hold the same
+        assert results[name]["weights"] == results[name]["pretrained"] != results[name]["random"]
+    assert set(results["stages"][0]) == {"name", "width", "pretrained", "random", "weights"}
+    cli._print_learned(results)
+    assert "as it began" in capsys.readouterr().out
+    (first / "backbone.safetensors").unlink()
+    assert "weights" not in evaluate.evaluate_run(run, labels=[20])["knn"]
+    assert f"left out what pretraining began with: weights '{first}'" in capsys.readouterr().out
 
 
 def test_labels_are_numbers_or_shares(tmp_path, digits, monkeypatch):

@@ -1,5 +1,6 @@
 """Pretraining runs: what they leave behind, how they stop, and how they go on."""
 
+import copy
 import csv
 import dataclasses
 import itertools
@@ -594,6 +595,52 @@ def test_a_run_begins_with_the_classes_and_what_was_left_out(unlabelled, tmp_pat
         "left out, hidden: .ipynb_checkpoints (1)",
         "splits: every fifth image of a class is to test on",
     ]
+
+
+@pytest.mark.parametrize("method", ["simclr", "swav"])
+def test_a_transformer_of_timms_trains(unlabelled, method):
+    options = {**unlabelled, "backbone": "timm/test_vit", "image_size": 32, "method": method}
+    if method == "swav":
+        options |= {**SMALL["swav"], "queue_length": 0, "local_size": 16}
+    run = pretrain(Config(**options))
+    assert load_backbone(run.path).about["architecture"] == "timm/test_vit"
+    options |= {"out": str(run.path / "other"), "image_size": 24}
+    with pytest.raises(ValueError, match=r"'timm/test_vit' does not take images \[3, 24, 24\]"):
+        pretrain(Config(**options))
+    if method == "swav":
+        options |= {"image_size": 32, "local_size": 20}
+        with pytest.raises(ValueError, match=r"'timm/test_vit' does not take images \[3, 20, 20\]"):
+            pretrain(Config(**options))
+    options |= {"backbone": "timm/test_vitt", "data_dir": "nowhere"}
+    with pytest.raises(ValueError, match="did you mean timm/test_vit"):
+        pretrain(Config(**options))
+
+
+@pytest.mark.parametrize("method", ["simclr", "byol", "moco"])
+def test_a_run_begins_with_the_weights_it_is_given_and_resumes_without_them(
+    tiny, tmp_path, at_step, capsys, method
+):
+    first = pretrain(Config(**tiny(epochs=1, seed=3, out=str(tmp_path / "first"))))
+    begun = load_backbone(first.path).state_dict()
+    options = {"method": method, **SMALL[method], "weights": str(first.path)}
+    seen = []
+
+    def look(trainer):
+        copies = [trainer.backbone, getattr(trainer.method, "key_backbone", None)]
+        copies.append(trainer.method.target[0] if method == "byol" else None)
+        seen.extend(copy.deepcopy(x.state_dict()) for x in copies if x is not None)
+
+    at_step(0, look)
+    capsys.readouterr()
+    whole = pretrain(Config(**tiny(**options, out=str(tmp_path / "whole"))))
+    assert f"beginning with the weights of {first.path}" in capsys.readouterr().out
+    assert len(seen) == (1 if method == "simclr" else 2)
+    for state in seen:
+        assert all(torch.equal(x, begun[name]) for name, x in state.items())
+    at_step(5, lambda trainer: os.kill(os.getpid(), signal.SIGINT))
+    assert not pretrain(Config(**tiny(**options))).complete
+    first.path.rename(tmp_path / "gone")
+    assert_same_result(pretrain(Config(**tiny(**options)), resume=True), whole)
 
 
 def test_a_folder_without_labels_trains_without_knn(unlabelled):

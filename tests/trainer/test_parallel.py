@@ -168,6 +168,21 @@ def test_a_batch_that_does_not_divide_is_an_error(
         loop.Trainer(Config(**options("simclr", tmp_path) | {"batch_size": 15}))
 
 
+def test_a_batch_norm_of_timms_keeps_its_activation(monkeypatch: pytest.MonkeyPatch) -> None:
+    from timm.layers import BatchNormAct2d
+
+    monkeypatch.setattr(parallel, "world_size", lambda: RANKS)
+    for kind, device in ((parallel._WholeBatchNorm, "cpu"), (nn.SyncBatchNorm, "cuda")):
+        network = nn.Sequential(BatchNormAct2d(3), nn.BatchNorm2d(3))
+        x = torch.randn(4, 3, 5, 5)
+        expected = copy.deepcopy(network).eval()(x)
+        parallel.convert_batch_norm(network, torch.device(device))
+        assert all(isinstance(module, kind) for module in network)
+        torch.testing.assert_close(network.eval()(x), expected)
+        if device == "cpu":
+            assert (network[0].train()(x) >= 0).all()
+
+
 def test_whole_batch_norm_is_batch_norm_without_other_processes() -> None:
     norm = nn.BatchNorm2d(3)
     norm.weight.data.uniform_()
