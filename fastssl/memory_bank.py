@@ -88,16 +88,15 @@ class MemoryBankModule(nn.Module):
     def rows_for(self, output: Tensor) -> Tensor:
         """Return the bank itself [rows, D], made for output's D if that was not given."""
         check_embeddings("output", output)
-        features = self.size[1] if len(self.size) == 2 else "D"
-        if features not in ("D", output.shape[1]):
-            raise ValueError(
-                f"output must have shape (N, {features}), for a bank of size {self.size}, "
-                f"got {tuple(output.shape)}"
-            )
-        if features == "D":
+        if len(self.size) == 1:
             self.size = (*self.size, output.shape[1])
             with torch.inference_mode(False):  # else no later training step could change it
                 self.bank = _random_rows(*self.size).to(self.bank)
+        elif output.shape[1] != self.size[1]:
+            raise ValueError(
+                f"output must have shape (N, {self.size[1]}), for a bank of size {self.size}, "
+                f"got {tuple(output.shape)}"
+            )
         return self.bank
 
     def update(self, output: Tensor) -> None:
