@@ -72,7 +72,7 @@ def launch_config(kernel, rows, columns, D, dtype, ids, arch, multiprocessors):
     light = half and block_d <= 128
     slots = (2 if light else 1) * multiprocessors
     # A stage less frees registers of four warps; so does a smaller tile where ids are compared.
-    stages = 2 if arch == "sm_90" and block_d == 128 and kernel in ("two_view", "bwd") else 3
+    stages = 2 if arch == "sm_90" and block_d == 128 and kernel == "bwd" else 3
     large = half and not (ids and arch == "sm_100")
     options = {
         "BLOCK_M": 64 if half or hopper else 32,
