@@ -81,6 +81,18 @@ def test_an_interrupted_command_says_how_to_go_on_and_that_works(folder, capsys,
     assert "continuing run at step 1 of 4" in capsys.readouterr().out
 
 
+def test_a_longer_run_is_evaluated_and_drawn_anew(folder, capsys):
+    assert cli.main(["pretrain", *OPTIONS, "--epochs", "1", "--out", "run"]) == 0
+    page = (folder / "run" / "report.html").read_text()
+    assert cli.main(["pretrain", "--resume", "--epochs", "2", "--out", "run"]) == 0
+    printed = capsys.readouterr().out
+    assert "continuing run at step 4 of 8" in printed
+    assert printed.count("accuracy on the test split") == 2
+    assert (folder / "run" / "report.html").read_text() != page
+    assert cli.main(["pretrain", "--resume", "--epochs", "1", "--out", "run"]) == 2
+    assert "epochs must be at least 2, those that the run in run" in capsys.readouterr().err
+
+
 def test_a_few_labelled_images_have_a_report_without_label_efficiency(folder, capsys):
     for label in ("blue", "red"):
         for i in range(2, 30):
@@ -234,11 +246,12 @@ def test_images_that_moved_are_found_by_data_dir(folder, capsys):
     assert cli.main(arguments) == 0
     (folder / "images").rename(folder / "moved")
     (folder / "run" / "evaluation.json").unlink()
-    for command in ("pretrain --resume --out run", "evaluate run --labels 20", "report run"):
+    for command in ("evaluate run --labels 20", "report run", "pretrain --resume --out run"):
         capsys.readouterr()
         assert cli.main(command.split()) == 2
         assert "data_dir must be a folder of images" in capsys.readouterr().err
         assert cli.main([*command.split(), "--data-dir", "moved"]) == 0
+    assert cli.main(["report", "run"]) == 0  # the run knows the place now
 
 
 def test_damaged_images_are_looked_for_once(folder, capsys):

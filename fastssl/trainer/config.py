@@ -289,12 +289,9 @@ def presets() -> list[str]:
 
 def read_options(path: str | Path) -> dict[str, Any]:
     """The options that a YAML file, or the preset of that name, sets."""
-    if str(path) in presets():
-        path = PRESETS / f"{path}.yaml"
+    path = PRESETS / f"{path}.yaml" if str(path) in presets() else checkpoint.expanded(path)
     try:
-        with open(
-            checkpoint.expanded(path), encoding="utf-8"
-        ) as file:  # whose name and line an error then has
+        with open(path, encoding="utf-8") as file:  # whose name and line an error then has
             options = yaml.safe_load(file)
     except FileNotFoundError:
         raise ValueError(

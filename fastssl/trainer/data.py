@@ -136,6 +136,8 @@ class Data:
             train, test = (Counter(x.tolist()) for x in labels if x is not None)
             names = [f"{name} {train[i]} + {test[i]}" for i, name in enumerate(names)]
             what += ", with images to train on + to test on"
+            if unknown := train[-1] + test[-1]:
+                names.append(f"unknown {unknown}")
         return [f"{what}: {told(names)}", *self.notes]
 
 

@@ -200,31 +200,19 @@ def knn_check(
         Exception: What went wrong here; RuntimeError for what went wrong in another process.
     """
     ranks, rank = min(world_size(), len(data.train), len(data.test)), parallel.rank()
-    found, problem = None, None
-    if rank < ranks:
-        try:
-            found = [
-                _known(
-                    *extract(
-                        backbone,
-                        Subset(split, range(rank, len(split), ranks)),
-                        data=data,
-                        device=device,
-                        workers=workers,
-                    )
-                )
-                for split in (data.train, data.test)
-            ]
-        except Exception as error:  # which the others, who wait, have to know
-            problem = error
-    problems = parallel.gathered(problem and guard.reason(problem))
-    if problem:
-        raise problem
-    if any(problems):
-        raise RuntimeError(next(filter(None, problems)))
-    shares = filter(None, parallel.gathered(found and found[1]))
+    options: dict[str, Any] = {"data": data, "device": device, "workers": workers}
+    train, test, nearest = None, None, None
+    with guard.agreed():
+        if rank < ranks:
+            train, test = (
+                _known(*extract(backbone, Subset(x, range(rank, len(x), ranks)), **options))
+                for x in (data.train, data.test)
+            )
+    shares = filter(None, parallel.gathered(test))
     test_x, test_y = (torch.cat(parts) for parts in zip(*shares, strict=True))
-    shares = filter(None, parallel.gathered(found and _nearest(*found[0], test_x, k)))
+    with guard.agreed():
+        nearest = train and _nearest(*train, test_x, k)
+    shares = filter(None, parallel.gathered(nearest))
     cosines, classes = (torch.cat(parts, 1) for parts in zip(*shares, strict=True))
     return _voted(cosines, classes, test_y, k)
 
@@ -430,10 +418,8 @@ def evaluate_run(
         _write(run, results)
         return results
 
-    labels_known = labels_of(images.train)
-    available = len(images.train)
-    if labels_known is not None:
-        available = int((labels_known >= 0).sum())
+    known = labels_of(images.train)
+    available = len(images.train) if known is None else int((known >= 0).sum())
     counts = sorted({label_count(asked, available) for asked in labels})
     if not labels:
         counts = [count for count in LABEL_COUNTS if count <= available]
@@ -466,14 +452,14 @@ def evaluate_run(
         of_stages[name] = [(a, train_y, b, test_y) for a, b in zip(*parts, strict=True)]
         features[name] = of_stages[name][-1]
 
-    known = int((train_y >= 0).sum())
-    counts = [count for count in counts if count <= known]
+    available = int((train_y >= 0).sum())
+    counts = [count for count in counts if count <= available]
     stages: list[dict[str, Any]] = [{"name": s, "width": w} for s, w in widths.items()]
     todo = [(row, i, arm) for i, row in enumerate(stages) for arm in features]
     for row, i, arm in _progress(todo, "linear probes"):
         row[arm] = linear_probe(*of_stages[arm][i])
     results = {
-        "train_images": known,
+        "train_images": available,
         "test_images": int((test_y >= 0).sum()),
         "classes": len(images.classes),
         "draws": DRAWS,

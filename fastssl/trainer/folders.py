@@ -291,9 +291,8 @@ def _unclassed(root: Path, images: list[Parts], classes: list[str]) -> str:
 def _rgb(image: Image.Image) -> Image.Image:
     """An image, upright, as RGB of 8 bits; of 16 bits, which convert would clip, the upper ones."""
     image.load()
-    with suppress(
-        Exception
-    ):  # EXIF data that cannot be read, or not be written back, are no damage
+    # EXIF data that cannot be read, or cannot be written back, are no damage.
+    with suppress(Exception):
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image)

@@ -1,6 +1,8 @@
 """Data given from Python: whether they are what a run takes, told before anything is computed."""
 
+import multiprocessing
 import numbers
+import pickle
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -98,12 +100,21 @@ def _check_label(label: Any, where: str, classes: Sequence[str] | None) -> None:
         )
 
 
-def check_views(views: Views, data: Data) -> None:
+def check_views(views: Views, data: Data, workers: int) -> None:
     """Make the views of some items.
 
     Raises:
-        ValueError: A transform cannot be applied, or what it makes cannot be put into a batch.
+        ValueError: A transform cannot be applied or be sent to workers, or what it makes cannot be
+            put into a batch.
     """
+    if workers and multiprocessing.get_start_method() != "fork":  # as on Macs
+        try:
+            pickle.dumps(views.transforms)
+        except Exception as error:  # whatever a transform raises
+            raise ValueError(
+                f"data.transforms cannot be sent to the processes that make views ({error}); take "
+                f"functions and classes of a module, or no such processes (workers 0)"
+            ) from None
     shapes: list[set[tuple[int, ...]]] = [set() for _ in views.transforms]
     advice = "; data.transforms may have others"
     for index in _some(views.originals.images, VIEWED):

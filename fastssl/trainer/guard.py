@@ -73,6 +73,24 @@ def start_worker(_: int) -> None:
     _locks.clear()
 
 
+@contextmanager
+def agreed() -> Iterator[None]:
+    """An error that ends the block in one of several processes ends it in all, with RuntimeError.
+
+    The others would wait for what never comes.
+    """
+    problem = None
+    try:
+        yield
+    except Exception as error:
+        problem = error
+    told = parallel.gathered(problem and reason(problem))
+    if problem:
+        raise problem
+    if any(told):
+        raise RuntimeError(next(filter(None, told)))
+
+
 def reason(error: BaseException) -> str:
     """An error in a line: what a DataLoader's worker raises begins with the worker's traceback."""
     text = str(error).strip() or type(error).__name__

@@ -211,8 +211,6 @@ class Trainer:
         self.method.loss.register_forward_pre_hook(lambda _, given: self.calls.append(given))
         transforms = augment.chosen(self.method.views(config, self.data.size), self.data)
         self.views = augment.Views(self.images, transforms, config.seed)
-        if self.given:
-            given.check_views(self.views, self.data)
         if config.backbone.startswith(networks.TIMM):  # which may be made for one size alone
             for shape in {view.shape[-3:] for view in self.views[0, 0][0]}:
                 networks.try_on(self.backbone, config.backbone, shape)
@@ -221,6 +219,8 @@ class Trainer:
         self.workers = config.workers
         if self.workers is None:
             self.workers = default_workers(self.device, self.ranks)
+        if self.given:
+            given.check_views(self.views, self.data, self.workers)
         # Without an accelerator the workers and the network share the cores. The last bits of a
         # result depend on the number of threads, so a checkpoint remembers it.
         self.threads = torch.get_num_threads()

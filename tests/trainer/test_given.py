@@ -270,6 +270,15 @@ def test_transforms_that_make_no_views_are_refused(small, transform, says):
         loop.Trainer(small(), own(transforms=[transform]))
 
 
+def test_transforms_that_workers_cannot_be_sent_are_refused_where_they_are_sent(small, monkeypatch):
+    local = own(transforms=[lambda x: x])
+    monkeypatch.setattr(given.multiprocessing, "get_start_method", lambda: "spawn")
+    with pytest.raises(ValueError, match=r"data.transforms cannot be sent .*workers 0"):
+        loop.Trainer(small(workers=1), local)
+    assert loop.Trainer(small(workers=0), local)
+    assert loop.Trainer(small(workers=1), own(transforms=[v2.RandomCrop(12)]))
+
+
 def test_images_of_several_sizes_need_a_transform_that_crops(small):
     sizes = [(torch.zeros(1, 16 + i % 2, 16, dtype=torch.uint8), -1) for i in range(30)]
     with pytest.raises(

@@ -269,10 +269,10 @@ def test_tensorboard_has_every_step_once_after_a_stop_and_after_a_crash(tiny, at
         save = checkpoint.save
         monkeypatch.undo()
 
-        def crash(folder, state):
+        def crash(folder, state, **options):
             if state["step"] == 8:
                 raise OSError("the disk is full")
-            save(folder, state)
+            save(folder, state, **options)
 
         patch.setattr(checkpoint, "save", crash)
         time.sleep(1)  # TensorBoard reads files in the order of the seconds in their names

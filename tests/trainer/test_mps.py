@@ -7,14 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from small_methods import SMALL
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("torchvision")
 
-from torch._library.custom_ops import OPDEFS
+from torch._C import DispatchKey, DispatchKeySet
 
 import fastssl
+from fastssl.streaming import two_views
 from fastssl.trainer import Config, data, evaluate, loop, networks, pretrain
 from fastssl.trainer.methods import METHODS
 
@@ -58,9 +60,8 @@ class Mac(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func.namespace == "fastssl":  # what it consists of is seen too
-            own = OPDEFS[func._schema.name]._backend_fns
             with self:
-                return own[None](*args, **kwargs)
+                return func.redispatch(DispatchKeySet(DispatchKey.CPU), *args, **kwargs)
         name = plain(func._schema.name.removeprefix("aten::"))
         given = [str(x.dtype) for x in tree_leaves(args) if isinstance(x, torch.Tensor)]
         if name in MISSING and (not MISSING[name] or given[0] in MISSING[name]):
@@ -86,13 +87,17 @@ def test_no_file_that_runs_on_a_device_names_what_is_missing():
         assert not {plain(name) for name in named} & always, source
 
 
-def test_pdist_and_float64_are_refused():
+def test_pdist_and_float64_are_refused(monkeypatch):
+    """Inside of an operator of fastssl too."""
     assert "pdist" in MISSING
     z = torch.randn(4, 2)
     with Mac(), pytest.raises(NotImplementedError, match="_pdist_forward"):
-        torch.nn.functional.pdist(z)
+        F.pdist(z)
     with Mac(), pytest.raises(TypeError, match="float64"):
         z.double()
+    monkeypatch.setattr(two_views, "two_view_lse_fwd", lambda z0, *_: F.pdist(z0))
+    with Mac(), pytest.raises(NotImplementedError, match="pdist"):
+        fastssl.functional.nt_xent(z, z)
 
 
 @pytest.mark.parametrize("method", METHODS)
