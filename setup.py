@@ -47,6 +47,7 @@ setup(
     packages=[
         "fastssl",
         "fastssl.benchmarks",
+        "fastssl.integrations",
         "fastssl.kernels",
         "fastssl.losses",
         "fastssl.ops",

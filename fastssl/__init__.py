@@ -1,6 +1,7 @@
 """Fused losses for self-supervised learning, as drop-in PyTorch functions and modules."""
 
 from fastssl import functional, reference
+from fastssl.integrations import Patch, patch
 from fastssl.losses.barlow_twins import BarlowTwinsLoss
 from fastssl.losses.clip import ClipLoss
 from fastssl.losses.dcl import DCLLoss, DCLWLoss
@@ -12,7 +13,6 @@ from fastssl.losses.supcon import SupConLoss
 from fastssl.losses.swav import SwaVLoss
 from fastssl.losses.vicreg import VICRegLoss
 from fastssl.memory_bank import MemoryBankModule, SampleMemoryBank
-from fastssl.patching import Patch, patch
 
 __version__ = "0.1.0"
 __all__ = [

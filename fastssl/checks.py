@@ -7,6 +7,7 @@ from numbers import Real
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 from torch.autograd import forward_ad
 
 from fastssl.distributed import Group, Ranks, ranks_of
@@ -79,6 +80,18 @@ def check_ranks(name: str, z: Tensor, gather: bool, group: Group) -> Ranks | Non
         ValueError: A rank has no rows, or rows of another size.
     """
     return ranks_of(z, group, name) if gather and isinstance(z, Tensor) else None
+
+
+def check_gather(name: str, gather: bool) -> None:
+    """Accept an option that gathers from other ranks, unless PyTorch was built without any.
+
+    Raises:
+        ValueError: gather is asked for there.
+    """
+    if gather and not dist.is_available():
+        raise ValueError(
+            f"{name} must be False, since torch.distributed is not available, got True"
+        )
 
 
 def check_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:

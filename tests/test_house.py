@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LINKED = ("benchmarks", "kernels")  # folders at the top that are installed in fastssl
 MAY_IMPORT = {
-    "__init__": {"functional", "losses", "memory_bank", "patching", "reference"},
+    "__init__": {"functional", "losses", "memory_bank", "integrations", "reference"},
     "functional": {"losses"},
     "checks": {"distributed"},
     "reference": set(),
@@ -29,7 +29,7 @@ MAY_IMPORT = {
     },
     "losses": {"losses", "ops", "distributed", "memory_bank", "checks"},
     "memory_bank": {"distributed", "checks"},
-    "patching": {"losses", "memory_bank", "checks"},
+    "integrations": {"losses", "memory_bank", "checks"},
     "distributed": set(),
     "ops": {"ops", "kernels", "streaming", "distributed"},
     "kernels": {"kernels"},

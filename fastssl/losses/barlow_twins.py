@@ -2,7 +2,14 @@
 
 from torch import Tensor
 
-from fastssl.checks import check_choice, check_no_tangents, check_number, check_ranks, check_views
+from fastssl.checks import (
+    check_choice,
+    check_gather,
+    check_no_tangents,
+    check_number,
+    check_ranks,
+    check_views,
+)
 from fastssl.distributed import Group, sum_gradients
 from fastssl.losses.common_type import in_common_type
 from fastssl.losses.module import LossModule
@@ -89,7 +96,8 @@ class BarlowTwinsLoss(LossModule):
 
     Raises:
         TypeError: lambda_param or eps is not a number.
-        ValueError: lambda_param, eps, exchange or backend is not accepted.
+        ValueError: lambda_param, eps, exchange or backend is not accepted, or gather_distributed
+            where torch.distributed is not available.
 
     Example:
         >>> criterion = BarlowTwinsLoss()
@@ -116,6 +124,7 @@ class BarlowTwinsLoss(LossModule):
     ) -> None:
         check_number("lambda_param", lambda_param)
         check_number("eps", eps, positive=True)
+        check_gather("gather_distributed", gather_distributed)
         check_choice("exchange", exchange, STATISTICS_EXCHANGES)
         super().__init__(
             lambda_param=lambda_param,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastssl.checks import (
     check_choice,
+    check_gather,
     check_ids,
     check_no_tangents,
     check_number,
@@ -135,7 +136,8 @@ class DCLLoss(LossModule):
 
     Raises:
         TypeError: temperature is neither a number nor a tensor, or weight_fn not callable.
-        ValueError: temperature or backend is not accepted.
+        ValueError: temperature or backend is not accepted, or gather_distributed where
+            torch.distributed is not available.
 
     Example:
         >>> criterion = DCLLoss()
@@ -161,6 +163,7 @@ class DCLLoss(LossModule):
         backend: str = "auto",
     ) -> None:
         check_scalar("temperature", temperature)
+        check_gather("gather_distributed", gather_distributed)
         check_choice("exchange", exchange, EXCHANGES)
         _check_weight_fn(weight_fn)
         super().__init__(
@@ -224,7 +227,8 @@ class DCLWLoss(DCLLoss):
 
     Raises:
         TypeError: temperature is neither a number nor a tensor, or sigma is not a number.
-        ValueError: temperature, sigma or backend is not accepted.
+        ValueError: temperature, sigma or backend is not accepted, or gather_distributed where
+            torch.distributed is not available.
 
     Example:
         >>> criterion = DCLWLoss(sigma=0.5)

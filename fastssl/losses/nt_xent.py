@@ -6,6 +6,7 @@ from torch import Tensor
 
 from fastssl.checks import (
     check_choice,
+    check_gather,
     check_ids,
     check_no_tangents,
     check_ranks,
@@ -111,7 +112,8 @@ class NTXentLoss(LossModule):
 
     Raises:
         TypeError: temperature is neither a number nor a tensor.
-        ValueError: temperature, memory_bank_size, reduction or backend is not accepted.
+        ValueError: temperature, memory_bank_size, reduction or backend is not accepted, or
+            gather_distributed where torch.distributed is not available.
 
     Example:
         >>> criterion = NTXentLoss(temperature=0.1)
@@ -138,6 +140,7 @@ class NTXentLoss(LossModule):
         backend: str = "auto",
     ) -> None:
         check_scalar("temperature", temperature)
+        check_gather("gather_distributed", gather_distributed)
         check_choice("reduction", reduction, REDUCTIONS)
         check_choice("exchange", exchange, EXCHANGES)
         super().__init__(

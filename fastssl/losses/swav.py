@@ -9,6 +9,7 @@ from fastssl.checks import (
     check_count,
     check_device,
     check_embeddings,
+    check_gather,
     check_no_tangents,
     check_number,
     check_ranks,
@@ -137,7 +138,8 @@ class SwaVLoss(LossModule):
 
     Raises:
         TypeError: An argument is of another type.
-        ValueError: An argument's value is not accepted.
+        ValueError: An argument's value is not accepted, or sinkhorn_gather_distributed where
+            torch.distributed is not available.
 
     Example:
         >>> criterion = SwaVLoss()
@@ -165,6 +167,7 @@ class SwaVLoss(LossModule):
         check_number("temperature", temperature, positive=True)
         check_count("sinkhorn_iterations", sinkhorn_iterations)
         check_number("sinkhorn_epsilon", sinkhorn_epsilon, positive=True)
+        check_gather("sinkhorn_gather_distributed", sinkhorn_gather_distributed)
         super().__init__(
             temperature=temperature,
             sinkhorn_iterations=sinkhorn_iterations,

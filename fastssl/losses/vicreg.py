@@ -3,7 +3,14 @@
 import torch
 from torch import Tensor
 
-from fastssl.checks import check_choice, check_no_tangents, check_number, check_ranks, check_views
+from fastssl.checks import (
+    check_choice,
+    check_gather,
+    check_no_tangents,
+    check_number,
+    check_ranks,
+    check_views,
+)
 from fastssl.distributed import Group, sum_gradients
 from fastssl.losses.common_type import in_common_type
 from fastssl.losses.module import LossModule
@@ -119,7 +126,8 @@ class VICRegLoss(LossModule):
 
     Raises:
         TypeError: A weight or eps is not a number.
-        ValueError: A weight, eps, exchange or backend is not accepted.
+        ValueError: A weight, eps, exchange or backend is not accepted, or gather_distributed where
+            torch.distributed is not available.
 
     Example:
         >>> criterion = VICRegLoss()
@@ -152,6 +160,7 @@ class VICRegLoss(LossModule):
         check_number("mu_param", mu_param)
         check_number("nu_param", nu_param)
         check_number("eps", eps, positive=True)
+        check_gather("gather_distributed", gather_distributed)
         check_choice("exchange", exchange, STATISTICS_EXCHANGES)
         super().__init__(
             lambda_param=lambda_param,

@@ -1,36 +1,17 @@
-"""Our losses in the place of an installed library's, and back."""
+"""Our losses in the place of an installed library's, and back: a library a file.
+
+The file of a library has its name. It states in ``REPLACEMENTS`` what stands in for which of the
+library's names, by the module that defines them there, and holds what only that library needs.
+"""
 
 import importlib
 import importlib.util
+import pkgutil
 import sys
 from types import ModuleType, TracebackType
+from typing import Any
 
 from fastssl.checks import check_choice
-from fastssl.losses.barlow_twins import BarlowTwinsLoss
-from fastssl.losses.clip import ClipLoss
-from fastssl.losses.dcl import DCLLoss, DCLWLoss
-from fastssl.losses.negative_cosine import NegativeCosineSimilarity, SymNegCosineSimilarityLoss
-from fastssl.losses.nt_xent import NTXentLoss
-from fastssl.losses.siglip import SigLipLoss
-from fastssl.losses.swav import SwaVLoss
-from fastssl.losses.vicreg import VICRegLoss
-from fastssl.memory_bank import MemoryBankModule
-
-# Our class for each of a library's that it follows, by the name of its module there.
-LIBRARIES: dict[str, list[tuple[str, type]]] = {
-    "lightly": [
-        ("lightly.loss.barlow_twins_loss", BarlowTwinsLoss),
-        ("lightly.loss.dcl_loss", DCLLoss),
-        ("lightly.loss.dcl_loss", DCLWLoss),
-        ("lightly.loss.negative_cosine_similarity", NegativeCosineSimilarity),
-        ("lightly.loss.ntx_ent_loss", NTXentLoss),
-        ("lightly.loss.swav_loss", SwaVLoss),
-        ("lightly.loss.sym_neg_cos_sim_loss", SymNegCosineSimilarityLoss),
-        ("lightly.loss.vicreg_loss", VICRegLoss),
-        ("lightly.models.modules.memory_bank", MemoryBankModule),
-    ],
-    "open_clip": [("open_clip.loss", ClipLoss), ("open_clip.loss", SigLipLoss)],
-}
 
 
 class Patch:
@@ -42,16 +23,19 @@ class Patch:
 
     def __init__(self, library: str) -> None:
         self.library = library
-        self._originals: list[tuple[ModuleType, str, type, type]] = []
-        for place, ours in LIBRARIES[library]:
+        self._originals: list[tuple[ModuleType, str, Any, Any]] = []
+        integration = importlib.import_module(f"{__name__}.{library}")
+        for place, replacements in integration.REPLACEMENTS.items():
             if importlib.util.find_spec(place) is None:
-                continue  # a class that this version of the library does not have
-            theirs = getattr(importlib.import_module(place), ours.__name__)
-            if theirs is not ours:
-                self._swap(theirs, ours)
+                continue  # a module that this version of the library does not have
+            module = importlib.import_module(place)
+            for ours in replacements:
+                theirs = getattr(module, ours.__name__, ours)
+                if theirs is not ours:
+                    self._swap(theirs, ours)
         self.swapped = [f"{module.__name__}.{name}" for module, name, *_ in self._originals]
 
-    def _swap(self, theirs: type, ours: type) -> None:
+    def _swap(self, theirs: Any, ours: Any) -> None:
         for module in list(sys.modules.values()):
             if getattr(module, "__name__", "").split(".")[0] == self.library:
                 for name in [name for name, value in vars(module).items() if value is theirs]:
@@ -59,7 +43,7 @@ class Patch:
                     self._originals.append((module, name, theirs, ours))
 
     def undo(self) -> None:
-        """Put the library's own classes back."""
+        """Put the library's own back."""
         for module, name, theirs, ours in self._originals:
             if vars(module).get(name) is ours:
                 setattr(module, name, theirs)
@@ -78,7 +62,7 @@ class Patch:
 
     def __repr__(self) -> str:
         names = "".join(f"\n  {name}" for name in self.swapped) or " nothing"
-        return f"fastssl's classes stand in {self.library} for:{names}"
+        return f"fastssl stands in {self.library} for:{names}"
 
 
 def patch(library: str, *, verbose: bool = True) -> Patch:
@@ -102,7 +86,7 @@ def patch(library: str, *, verbose: bool = True) -> Patch:
         >>> with fastssl.patch("lightly"):  # doctest: +SKIP
         ...     criterion = lightly.loss.NTXentLoss()
     """
-    check_choice("library", library, tuple(LIBRARIES))
+    check_choice("library", library, [each.name for each in pkgutil.iter_modules(__path__)])
     done = Patch(library)
     if verbose:
         print(done)
