@@ -98,8 +98,11 @@ def _with_features_reordered(
     upstream: Tensor | float,
     fixed: Sequence[Tensor],
 ) -> list[Tensor]:
-    order = torch.randperm(inputs[0].shape[-1], device=inputs[0].device)
-    reordered, others = ([x[:, order] if x.dim() == 2 else x for x in y] for y in (inputs, fixed))
+    widths = dict.fromkeys(x.shape[1] for x in [*inputs, *fixed] if x.dim() == 2)
+    orders = {width: torch.randperm(width, device=inputs[0].device) for width in widths}
+    reordered, others = (
+        [x[:, orders[x.shape[1]]] if x.dim() == 2 else x for x in y] for y in (inputs, fixed)
+    )
     result = value_and_gradients(plain, reordered, upstream, others)
-    back = order.argsort()
-    return [result[0], *(x[:, back] if x.dim() == 2 else x for x in result[1:])]
+    back = {width: order.argsort() for width, order in orders.items()}
+    return [result[0], *(x[:, back[x.shape[1]]] if x.dim() == 2 else x for x in result[1:])]

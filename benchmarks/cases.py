@@ -157,6 +157,11 @@ def energy_operations(n: int, d: int) -> tuple[float, float]:
     return product, 3 * product
 
 
+def summed(function: Callable[..., tuple[Tensor, ...]]) -> Loss:
+    """A function of several losses as their sum."""
+    return lambda *inputs: torch.stack(function(*inputs)).sum()
+
+
 def crops_of(function: Callable[[list[Tensor], list[Tensor]], Tensor]) -> Loss:
     """A loss of two lists of crops as one of all crops."""
     return lambda *crops: function(list(crops[:GLOBAL_CROPS]), list(crops[GLOBAL_CROPS:])).sum()
@@ -183,9 +188,9 @@ def lightly_swav() -> Loss:
     return crops_of(import_module("lightly.loss").SwaVLoss())
 
 
-def open_clip(name: str) -> Callable[[], Loss]:
-    """Make one of open_clip's losses."""
-    return lambda: getattr(import_module("open_clip.loss"), name)()
+def open_clip(name: str, of: Callable[[Any], Loss] = lambda loss: loss) -> Callable[[], Loss]:
+    """Make one of open_clip's losses, or something of it."""
+    return lambda: of(getattr(import_module("open_clip.loss"), name)())
 
 
 def pml_nt_xent() -> Loss:
@@ -401,6 +406,18 @@ CASES: Sequence[Case] = [
         hungry={"pml": lambda n, d: 16 * (2 * n) ** 3},
     ),
     *(_clip(100.0, IMAGE_TEXT), _clip(14.3, IMAGE_TEXT | {"key": [], "full": []})),
+    Case(
+        "distill_clip",
+        "CLIP with a teacher",
+        lambda n, d: [*pairs(n, d), torch.tensor(14.3), *pairs(n, d), torch.tensor(50.0)],
+        summed(functional.distill_clip),
+        summed(reference.distill_clip),
+        lambda n, d: (2 * 2 * n * n * d, 6 * 2 * n * n * d),
+        lambda n, d: 2 * n * n,
+        IMAGE_TEXT,
+        fixed=3,
+        peers={"open_clip": open_clip("DistillClipLoss", summed)},
+    ),
     Case(
         "siglip",
         "SigLIP",

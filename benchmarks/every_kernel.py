@@ -34,6 +34,9 @@ def run(dtype: torch.dtype, n: int, d: int) -> None:
                 a, b, temperature=temperature, ids=given, backend=BACKEND
             ).backward()
             functional.clip(a, b, 1 / temperature, ids=given, backend=BACKEND).backward()
+        teacher = b.detach()[:, : d // 2 + 1], a.detach()[:, : d // 2 + 1], 5.0
+        losses = functional.distill_clip(a, b, 1 / temperature, *teacher, backend=BACKEND)
+        torch.stack(losses).sum().backward()
         functional.info_nce(a, b, keys, temperature, backend=BACKEND).backward()
         functional.info_nce(a, b, keys.detach(), temperature, backend=BACKEND).backward()
     functional.siglip(a, b, 10.0, -10.0, backend=BACKEND).backward()

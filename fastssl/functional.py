@@ -3,6 +3,7 @@
 from fastssl.losses.barlow_twins import barlow_twins
 from fastssl.losses.clip import clip
 from fastssl.losses.dcl import dcl, mises_fisher_weights
+from fastssl.losses.distill_clip import distill_clip
 from fastssl.losses.info_nce import info_nce
 from fastssl.losses.negative_cosine import negative_cosine_similarity
 from fastssl.losses.nt_xent import nt_xent
@@ -16,6 +17,7 @@ __all__ = [
     "barlow_twins",
     "clip",
     "dcl",
+    "distill_clip",
     "info_nce",
     "mises_fisher_weights",
     "negative_cosine_similarity",

@@ -184,6 +184,27 @@ def clip(
     return (cross_entropy(logits, pairs) + cross_entropy(logits.T, pairs)) / 2
 
 
+def distill_clip(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    dist_image_features: Tensor,
+    dist_text_features: Tensor,
+    dist_logit_scale: float | Tensor,
+) -> tuple[Tensor, Tensor]:
+    """CLIP's loss, and the cross-entropy of its softmaxes against a teacher's, in both directions.
+
+    See ``fastssl.functional.distill_clip`` for the arguments.
+    """
+    logits = logit_scale * image_features @ text_features.T
+    with torch.no_grad():
+        teacher = dist_logit_scale * dist_image_features @ dist_text_features.T
+    images = soft_cross_entropy(logits, teacher.softmax(1), 1.0)
+    texts = soft_cross_entropy(logits.T, teacher.T.softmax(1), 1.0)
+    contrastive = clip(image_features, text_features, logit_scale)
+    return contrastive, (images.mean() + texts.mean()) / 2
+
+
 def siglip(
     image_features: Tensor,
     text_features: Tensor,

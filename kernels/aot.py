@@ -26,6 +26,7 @@ from triton.runtime.driver import driver
 
 from fastssl.kernels import (
     assembly,
+    distill_clip,
     energy,
     fixed_keys,
     gpu,
@@ -120,6 +121,28 @@ class Sigmoid(NamedTuple):
             sigmoid.sigmoid_fwd(x, x, torch.empty(()), torch.empty(()), ids, 0, (needs,) * 4)
 
 
+class DistillClip(NamedTuple):
+    """The launchers of distill_clip.py, with a teacher of twice the student's width."""
+
+    dtype: str
+    features: int
+    rows: int
+    columns: bool
+
+    @property
+    def variant(self):
+        """What is printed of it beside dtype and features."""
+        return "columns" if self.columns else "rows   "
+
+    def launch(self, x):
+        """Call them on rows x."""
+        scale, teacher = torch.empty(()), torch.empty(self.rows, 2 * self.features, dtype=x.dtype)
+        given = x, x, scale, teacher, teacher, scale
+        terms, col_terms, *stats = distill_clip.distill_clip_fwd(*given, 0, self.columns)
+        needs = (True, True, True)
+        distill_clip.distill_clip_bwd(terms, col_terms, *given, *stats, 0, self.columns, needs)
+
+
 class Energy(NamedTuple):
     """Which route of energy.py, as "barlow" (two views, standardised) or "vicreg" takes it."""
 
@@ -182,6 +205,7 @@ LAUNCHERS = ["two_view", "similarity", "class", "fixed_keys", "pair"]
 DEFAULTS = {  # which case, its D and N, and what else it takes
     "similarity": (Similarity, [16, 32, 64, 128, 256, 768], [256, 65536], BOTH, LAUNCHERS),
     "sigmoid": (Sigmoid, [32, 128, 256, 768], [256, 32768], BOTH),
+    "distill_clip": (DistillClip, [32, 128, 512, 768], [256, 65536], BOTH),
     "energy": (Energy, [512, 8192], [256, 4096], ["barlow", "vicreg"], BOTH),
     "sinkhorn": (Sinkhorn, [64, 3000, 65536], [4096], [0, 2]),
     "soft_cross_entropy": (SoftCrossEntropy, [64, 3000, 65536], [4096], ["float32", "bfloat16"]),
@@ -192,7 +216,7 @@ class Row(NamedTuple):
     """A compiled kernel and what it needs."""
 
     target: str
-    case: Similarity | Sigmoid | Energy | Sinkhorn | SoftCrossEntropy
+    case: Similarity | Sigmoid | DistillClip | Energy | Sinkhorn | SoftCrossEntropy
     kernel: str
     options: str
     registers: int
@@ -274,7 +298,7 @@ def main():
         if case in (Similarity, Sigmoid):
             more[0] = {"both": [False, True], "with": [True], "without": [False]}[chosen.ids]
             more[1:] = [chosen.launchers] if case is Similarity else []
-        elif case is not Energy:  # they multiply no matrices
+        elif case not in (DistillClip, Energy):  # they multiply no matrices
             dtypes = [dtype for dtype in dtypes if dtype != "tf32"]
         cases += itertools.starmap(case, itertools.product(dtypes, widths, sizes, *more))
     jobs = list(itertools.product(chosen.target, cases))

@@ -273,9 +273,112 @@ def pair_lse_fwd(q, k, scale, ids, first, columns, normalize):
     return rows, cols, top, total, col_top, col_total, q_rnorm, k_rnorm
 
 
-def _panel_rows(M, N, itemsize):
+def panel_rows(M, N, itemsize):
     """How many rows of weights are kept at a time."""
     return min(M, max(PANEL_ROWS, PANEL_BYTES // (itemsize * N) // 128 * 128))
+
+
+def panel_gradients(q, k, rnorms, scale, peak, needs, options, fill):
+    """Gradients of rows from weights W, of which a panel is kept at a time.
+
+    Args:
+        q: [M, D] float32, bfloat16 or float16, any strides.
+        k: [N, D] likewise.
+        rnorms: 1 / |q| [M] and 1 / |k| [N], or None twice where rows count as they are.
+        scale: [] float, on the device.
+        peak: [] float32 for float16 rows: weights are at most twice this. Else None.
+        needs: which of dq, dk, dscale to compute.
+        options: of the kernel that fills a panel, with its BLOCK_M and BLOCK_N.
+        fill: fill(start, count, weights, dscale) stores W of count rows from start on in weights, 0
+            in the rest of their tiles, over ``gain_of(peak)``; and where dscale is not None, there
+            a sum of W times base 2 scores for each tile of the whole matrix.
+
+    Returns:
+        dq [M, D] and dk [N, D] in the input's dtype, dscale [] float32; None where not needed.
+    """
+    (M, D), N, device = q.shape, len(k), q.device
+    arch, multiprocessors = gpu.target(device)
+    precision = gpu.precision_of(q.dtype, arch)
+    panel = panel_rows(M, N, q.element_size())
+    product = "product" if needs[1] else "row_product"
+    config = (panel, N, D, q.dtype, False, arch, multiprocessors)
+    product_options, splits = launch_config(product, *config)
+    row_blocks, col_blocks = triton.cdiv(M, options["BLOCK_M"]), triton.cdiv(N, options["BLOCK_N"])
+    feat_blocks = triton.cdiv(D, product_options["BLOCK_N"])
+
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    # Whole tiles, so that a product of weights needs no mask.
+    weights = empty(triton.cdiv(panel, 128) * 128, triton.cdiv(N, 128) * 128, dtype=q.dtype)
+    dq, q_unit = (empty(M, D, dtype=q.dtype), empty(splits, panel, D)) if needs[0] else (None, None)
+    dk, k_unit = (empty(N, D, dtype=k.dtype), empty(N, D)) if needs[1] else (None, None)
+    dscale, dscale_parts = (empty(), empty(row_blocks * col_blocks)) if needs[2] else (None, None)
+    shared = {
+        **gpu.strided(q=q, k=k),
+        "q_rnorm_ptr": rnorms[0],
+        "k_rnorm_ptr": rnorms[1],
+        "M": M,
+        "N": N,
+        "D": D,
+    }
+    block_d = min(1024, max(16, triton.next_power_of_2(D)))
+    # Two rows of float32 spill where D is no power of two.
+    block_m = max(1, (2048 if splits == 1 and q.dtype.itemsize == 2 else 1024) // block_d)
+    for start in range(0, M, panel):
+        count = min(panel, M - start)
+        fill(start, count, weights, dscale_parts)
+        q_programs = k_programs = 0
+        if needs[0]:
+            q_programs = triton.cdiv(count, product_options["BLOCK_M"]) * feat_blocks * splits
+        if needs[1]:
+            k_programs = triton.cdiv(N, product_options["BLOCK_M"]) * feat_blocks
+        if needs[0] or needs[1]:
+            gpu.launch(
+                _pair_product_kernel,
+                (q_programs + k_programs,),
+                **shared,
+                weights_ptr=weights,
+                q_unit_ptr=q_unit,
+                k_unit_ptr=k_unit,
+                start=start,
+                count=count,
+                splits=splits,
+                q_programs=q_programs,
+                weights_stride=weights.stride(0),
+                PRECISION=precision,
+                **product_options,
+            )
+        # dq is complete with its panel, the others with the last.
+        last = start + count == M
+        q_blocks = triton.cdiv(count, block_m) if needs[0] else 0
+        k_blocks = triton.cdiv(N, block_m) if needs[1] and last else 0
+        dscale_blocks = int(needs[2] and last)
+        if q_blocks + k_blocks + dscale_blocks:
+            gpu.launch(
+                _pair_finish_kernel,
+                (q_blocks + k_blocks + dscale_blocks,),
+                **shared,
+                scale_ptr=scale,
+                peak_ptr=peak,
+                q_unit_ptr=q_unit,
+                k_unit_ptr=k_unit,
+                dq_ptr=dq,
+                dk_ptr=dk,
+                dscale_parts_ptr=dscale_parts,
+                dscale_ptr=dscale,
+                start=start,
+                count=count,
+                splits=splits,
+                parts=row_blocks * col_blocks,
+                q_blocks=q_blocks,
+                k_blocks=k_blocks,
+                BLOCK_M=block_m,
+                BLOCK_D=block_d,
+                BLOCK_PARTS=1024,
+                num_warps=8,
+            )
+    return dq, dk, dscale
 
 
 def pair_lse_bwd(
@@ -305,48 +408,27 @@ def pair_lse_bwd(
     Returns:
         dq [M, D] and dk [N, D] in the input's dtype, dscale [] float32; None where not needed.
     """
-    (M, D), N, device = q.shape, len(k), q.device
-    arch, multiprocessors = gpu.target(device)
-    precision = gpu.precision_of(q.dtype, arch)
-    config = (N, D, q.dtype, ids is not None, arch, multiprocessors)
-    panel = _panel_rows(M, N, q.element_size())
-    options, _ = launch_config("weight", panel, *config)
-    product = "product" if needs[1] else "row_product"
-    product_options, splits = launch_config(product, panel, *config)
-    row_blocks, col_blocks = triton.cdiv(M, options["BLOCK_M"]), triton.cdiv(N, options["BLOCK_N"])
-    feat_blocks = triton.cdiv(D, product_options["BLOCK_N"])
-
-    def empty(*shape, dtype=torch.float32):
-        return torch.empty(shape, dtype=dtype, device=device)
-
-    # Whole tiles, so that a product of weights needs no mask.
-    weights = empty(triton.cdiv(panel, 128) * 128, triton.cdiv(N, 128) * 128, dtype=q.dtype)
-    dq, q_unit = (empty(M, D, dtype=q.dtype), empty(splits, panel, D)) if needs[0] else (None, None)
-    dk, k_unit = (empty(N, D, dtype=k.dtype), empty(N, D)) if needs[1] else (None, None)
-    dscale, dscale_parts = (empty(), empty(row_blocks * col_blocks)) if needs[2] else (None, None)
-    shared = {
-        **gpu.strided(q=q, k=k),
-        "q_rnorm_ptr": q_rnorm if normalize else None,
-        "k_rnorm_ptr": k_rnorm if normalize else None,
-        "M": M,
-        "N": N,
-        "D": D,
-    }
-    block_d = min(1024, max(16, triton.next_power_of_2(D)))
-    # Two rows of float32 spill where D is no power of two.
-    block_m = max(1, (2048 if splits == 1 and q.dtype.itemsize == 2 else 1024) // block_d)
+    arch, multiprocessors = gpu.target(q.device)
+    M, N = len(q), len(k)
+    options, _ = launch_config(
+        "weight", panel_rows(M, N, q.element_size()), N, q.shape[1], q.dtype, ids is not None,
+        arch, multiprocessors,
+    )  # fmt: skip
+    rnorms = (q_rnorm, k_rnorm) if normalize else (None, None)
     with torch.cuda.device_of(q):
         peak = None
         if q.dtype == torch.float16:
             peak = torch.linalg.vector_norm(drows, ord=float("inf"))
             if columns:
                 peak = torch.maximum(peak, torch.linalg.vector_norm(dcols, ord=float("inf")))
-        for start in range(0, M, panel):
-            count = min(panel, M - start)
+
+        def fill(start, count, weights, dscale):
             gpu.launch(
                 _pair_weight_kernel,
-                (triton.cdiv(count, options["BLOCK_M"]), col_blocks),
-                **shared,
+                (triton.cdiv(count, options["BLOCK_M"]), triton.cdiv(N, options["BLOCK_N"])),
+                **gpu.strided(q=q, k=k),
+                q_rnorm_ptr=rnorms[0],
+                k_rnorm_ptr=rnorms[1],
                 ids_ptr=None if ids is None else ids.contiguous(),
                 scale_ptr=scale,
                 peak_ptr=peak,
@@ -357,63 +439,17 @@ def pair_lse_bwd(
                 col_total_ptr=col_total if columns else None,
                 dcols_ptr=dcols if columns else None,
                 weights_ptr=weights,
-                dscale_ptr=dscale_parts,
+                dscale_ptr=dscale,
+                M=M,
+                N=N,
+                D=q.shape[1],
                 first=first,
                 start=start,
                 weights_stride=weights.stride(0),
                 drows_stride=drows.stride(0),
                 dcols_stride=dcols.stride(0),
-                PRECISION=precision,
+                PRECISION=gpu.precision_of(q.dtype, arch),
                 **options,
             )
-            q_programs = k_programs = 0
-            if needs[0]:
-                q_programs = triton.cdiv(count, product_options["BLOCK_M"]) * feat_blocks * splits
-            if needs[1]:
-                k_programs = triton.cdiv(N, product_options["BLOCK_M"]) * feat_blocks
-            if needs[0] or needs[1]:
-                gpu.launch(
-                    _pair_product_kernel,
-                    (q_programs + k_programs,),
-                    **shared,
-                    weights_ptr=weights,
-                    q_unit_ptr=q_unit,
-                    k_unit_ptr=k_unit,
-                    start=start,
-                    count=count,
-                    splits=splits,
-                    q_programs=q_programs,
-                    weights_stride=weights.stride(0),
-                    PRECISION=precision,
-                    **product_options,
-                )
-            # dq is complete with its panel, the others with the last.
-            last = start + count == M
-            q_blocks = triton.cdiv(count, block_m) if needs[0] else 0
-            k_blocks = triton.cdiv(N, block_m) if needs[1] and last else 0
-            dscale_blocks = int(needs[2] and last)
-            if q_blocks + k_blocks + dscale_blocks:
-                gpu.launch(
-                    _pair_finish_kernel,
-                    (q_blocks + k_blocks + dscale_blocks,),
-                    **shared,
-                    scale_ptr=scale,
-                    peak_ptr=peak,
-                    q_unit_ptr=q_unit,
-                    k_unit_ptr=k_unit,
-                    dq_ptr=dq,
-                    dk_ptr=dk,
-                    dscale_parts_ptr=dscale_parts,
-                    dscale_ptr=dscale,
-                    start=start,
-                    count=count,
-                    splits=splits,
-                    parts=row_blocks * col_blocks,
-                    q_blocks=q_blocks,
-                    k_blocks=k_blocks,
-                    BLOCK_M=block_m,
-                    BLOCK_D=block_d,
-                    BLOCK_PARTS=1024,
-                    num_warps=8,
-                )
-    return dq, dk, dscale
+
+        return panel_gradients(q, k, rnorms, scale, peak, needs, options, fill)

@@ -63,7 +63,7 @@ def launch_config(kernel, rows, columns, D, dtype, ids, arch, multiprocessors):
             return options, 1
         blocks = triton.cdiv(rows, options["BLOCK_M"])
         if kernel == "pair":
-            return options, _blocks_per_group(blocks, multiprocessors)
+            return options, blocks_per_group(blocks, multiprocessors)
         tiles = blocks * triton.cdiv(D, options["BLOCK_N"])
         steps = triton.cdiv(columns, options["BLOCK_D"])
         return options, gpu.splits_of(tiles, steps, multiprocessors)
@@ -84,12 +84,12 @@ def launch_config(kernel, rows, columns, D, dtype, ids, arch, multiprocessors):
         "enable_fp_fusion": kernel == "fixed_keys",
     }
     if kernel != "fixed_keys":
-        options |= _register_bound(arch)
+        options |= register_bound(arch)
     if kernel == "two_view":
         N = rows // 2
         if large and roomy and (block_d != 256 or arch == "sm_90") and N >= 2048:
             options["BLOCK_N"] = 128
-        return options, _blocks_per_group(2 * triton.cdiv(N, options["BLOCK_N"]), 2 * slots)
+        return options, blocks_per_group(2 * triton.cdiv(N, options["BLOCK_N"]), 2 * slots)
 
     if kernel == "fwd" and large and hopper and rows >= 128 * multiprocessors:
         options |= {"BLOCK_M": 128, "num_warps": 8}
@@ -106,7 +106,7 @@ def launch_config(kernel, rows, columns, D, dtype, ids, arch, multiprocessors):
     return options, gpu.splits_of(programs, triton.cdiv(columns, options["BLOCK_N"]), slots)
 
 
-def _register_bound(arch):
+def register_bound(arch):
     """Unbounded, ptxas spills a few to have one more program on a multiprocessor; not on Hopper."""
     return {"maxnreg": 255} if arch.startswith("sm_") and arch != "sm_90" else {}
 
@@ -119,7 +119,7 @@ def _pair_options(kernel, rows, columns, D, half, roomy, arch, multiprocessors):
     if product:
         tiles = (row_blocks + (col_blocks if kernel == "product" else 0)) * feat_blocks
     large = half and tiles >= multiprocessors
-    bound = _register_bound(arch)
+    bound = register_bound(arch)
     # Chunks of one width give float32 scores the same bits forward and backward.
     short = not product if not half else kernel == "pair" and (large or bound)
     options = {
@@ -138,7 +138,7 @@ def _pair_options(kernel, rows, columns, D, half, roomy, arch, multiprocessors):
     return options
 
 
-def _blocks_per_group(blocks, slots):
+def blocks_per_group(blocks, slots):
     """The group size with which groups x groups take least time, in tiles, on so many slots.
 
     At most 64 groups, so that the forward kernel's workspace has at most 64 numbers a row.

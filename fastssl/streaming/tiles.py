@@ -269,7 +269,7 @@ def add_gradients(
             col_top, col_weight, col_dlse = (part[col.rows] for part in col_share)
             if unshifted:
                 scores.exp_().mul_(torch.add(row_weight[:, None], col_weight, out=other))
-            elif positives is None and (shift := _common_shift(row_top, col_top)) is not None:
+            elif positives is None and (shift := common_shift(row_top, col_top)) is not None:
                 row_weight = row_weight * torch.exp(shift - row_top)
                 col_weight = col_weight * torch.exp(shift - col_top)
                 scores.sub_(shift).clamp_min_(LEAST_EXPONENT[scores.dtype]).exp_()
@@ -300,7 +300,7 @@ def add_gradients(
             col.grad.addmm_(scores.T, q, beta=row is not first_row)
 
 
-def _common_shift(row_top: Tensor, col_top: Tensor) -> Tensor | None:
+def common_shift(row_top: Tensor, col_top: Tensor) -> Tensor | None:
     """A shift with which one exponential serves rows and columns, if their maxima allow."""
     if row_top.device.type != "cpu":  # to ask would be a host synchronisation
         return None

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 aot = pytest.importorskip("fastssl.kernels.aot")
+distill_clip = pytest.importorskip("fastssl.kernels.distill_clip")
 energy_dual = pytest.importorskip("fastssl.kernels.energy_dual")
 energy_features = pytest.importorskip("fastssl.kernels.energy_features")
 energy_outliers = pytest.importorskip("fastssl.kernels.energy_outliers")
@@ -159,6 +160,14 @@ def test_every_kernel_of_classes_and_fixed_keys_fits(target: str, compiler: Exec
 def test_every_kernel_of_pairs_fits(target: str, compiler: Executor) -> None:
     case = aot.Similarity("bfloat16", 768, 65536, True, "pair")
     assert fitting(compiler, target, case) == kernels(tiles, pairs) | {"similarity_lse_fwd"}
+
+
+@pytest.mark.slow
+@every_target
+def test_every_kernel_of_pairs_with_a_teacher_fits(target: str, compiler: Executor) -> None:
+    cases = [aot.DistillClip("bfloat16", 768, 65536, columns) for columns in (True, False)]
+    expected = kernels(distill_clip) | {"pair_product", "pair_finish"}
+    assert fitting(compiler, target, *cases) == expected
 
 
 @pytest.mark.slow

@@ -235,7 +235,7 @@ def test_workspaces_are_bounded(arch: str) -> None:
         config = (N, D, dtype, False, arch, 100)
         options, per_group = tiles.launch_config("pair", N, *config)
         assert -(-N // options["BLOCK_M"]) <= 64 * per_group
-        panel = pairs._panel_rows(N, N, dtype.itemsize)
+        panel = pairs.panel_rows(N, N, dtype.itemsize)
         assert panel * N * dtype.itemsize <= max(2**25, 2048 * N * dtype.itemsize)
         weight, _ = tiles.launch_config("weight", panel, *config)
         assert panel == N or panel % weight["BLOCK_M"] == 0

@@ -25,6 +25,9 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "info_nce, a queue": lambda x, y, z, **to: functional.info_nce(x, y, z.detach(), **to),
     "info_nce, own negatives": lambda x, y, z, **to: functional.info_nce(x, y, z[:, None], **to),
     "clip": lambda x, y, _, **to: functional.clip(x, y, 3.0, **to),
+    "distill_clip": lambda x, y, _, **to: sum(
+        functional.distill_clip(x, y, 3.0, y.detach(), x.detach(), 2.0, **to)
+    ),
     "siglip": lambda x, y, _, **to: functional.siglip(x, y, 3.0, -1.0, **to),
     "barlow_twins": lambda x, y, _, **to: functional.barlow_twins(x, y, **to),
     "vicreg": lambda x, y, _, **to: functional.vicreg(x, y, **to),

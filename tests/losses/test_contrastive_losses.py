@@ -140,6 +140,16 @@ def _clip(f: ModuleType, image: Tensor, text: Tensor, scale: float, **options) -
     return f.clip(image, text, scale, **options)
 
 
+def _distill_clip(
+    f: ModuleType, image: Tensor, text: Tensor, scale: float | Tensor, **options
+) -> Tensor:
+    """With a teacher that has texts and images exchanged, and softer scores."""
+    dist_scale = (scale.detach() if isinstance(scale, Tensor) else scale) / 2
+    teacher = text.detach(), image.detach(), dist_scale
+    contrastive, distillation = f.distill_clip(image, text, scale, *teacher, **options)
+    return contrastive + 2 * distillation
+
+
 def _siglip(
     f: ModuleType, image: Tensor, text: Tensor, scale: float, bias: float, **options
 ) -> Tensor:
@@ -168,6 +178,14 @@ CASES = {
     "supcon of views": supcon(partial(_supcon, kind="views"), kernels=False),
     "supcon of first views": supcon(partial(_supcon, kind="first views")),
     "clip": Case(_clip, unit_views, lambda sharpness: [sharpness], cosine=False),
+    "distill_clip": Case(
+        _distill_clip,
+        unit_views,
+        lambda sharpness: [sharpness],
+        ids=None,
+        cosine=False,
+        complete=False,
+    ),
     "siglip": Case(
         _siglip, unit_views, lambda sharpness: [sharpness, -sharpness / 2], cosine=False
     ),

@@ -24,6 +24,7 @@ OPERATORS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
         torch.stack([x, y], 1), mask=torch.ones(len(x), len(x)), temperature=s
     ),
     "clip": F.clip,
+    "distill_clip": lambda x, y, s: F.distill_clip(x, y, s, torch.eye(6), torch.eye(6), 2.0)[1],
     "siglip": lambda x, y, s: F.siglip(x, y, s, -s),
     "barlow_twins": lambda x, y, s: s * F.barlow_twins(x, y),
     "vicreg": lambda x, y, s: s * F.vicreg(x, y),

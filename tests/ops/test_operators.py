@@ -8,7 +8,7 @@ from targets import Target
 from torch import Tensor
 
 from fastssl import reference
-from fastssl.ops import fixed_keys, pairs, sigmoid, similarity, two_views
+from fastssl.ops import distill_clip, fixed_keys, pairs, sigmoid, similarity, two_views
 
 
 def rows(target: Target, m: int, n: int, d: int, dtype: torch.dtype = torch.float32):
@@ -55,6 +55,7 @@ def operators(
     ids = torch.arange(6, device=target.device) // 2 if with_ids else None
     classes = torch.arange(6, device=target.device) % 3
     weights = torch.rand(3, 3, device=target.device)
+    teacher = torch.randn(6, 7, device=target.device)
     to = target.backend
     fixed, sigmoids = fixed_keys._fixed_keys_lse, sigmoid._sigmoid_sum
     return {
@@ -69,6 +70,14 @@ def operators(
         ),
         "pairs": (pairs._pair_lse, (q[:3], k, s, ids, 2, False, True, to)),
         "pairs both sides": (pairs._pair_lse, (q, k, s, ids, 0, True, False, to)),
+        "pairs with a teacher": (
+            distill_clip._distill_clip_terms,
+            (q[:3], k, s, teacher[:3], teacher, s.detach(), 2, False, to),
+        ),
+        "pairs with a teacher, both sides": (
+            distill_clip._distill_clip_terms,
+            (q, k, s, teacher, teacher, s.detach(), 0, True, to),
+        ),
         "classes": (similarity._class_lse, (q, s, classes, None, to)),
         "classes with weights": (similarity._class_lse, (q, s, classes, weights, "torch")),
         "two views": (two_views._two_view_lse, (q, k, s, ids, to)),
