@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastssl
 from fastssl import functional
 from fastssl.distributed import Ranks, world_size
+from fastssl.integrations.open_clip import DistillClipLoss
 
 SIZES = {2: [5, 9], 3: [4, 7, 3], 4: [5, 2, 4, 3]}  # rows of each rank, by the number of ranks
 ROWS = 14
@@ -128,6 +129,21 @@ class Pairs(nn.Module):
         return self.loss(image, text, self.scale, self.bias, ids=ids if self.with_ids else None)
 
 
+class Distilled(nn.Module):
+    """CLIP's loss with a teacher of another width, and a learned scale."""
+
+    def __init__(self, gather_distributed: bool = False, **options: Any) -> None:
+        super().__init__()
+        ranks = world_size(options.get("group")) if gather_distributed else 1
+        self.loss = DistillClipLoss(world_size=ranks, **options)
+        self.scale = nn.Parameter(torch.tensor(3.0, dtype=torch.float64))
+
+    def forward(self, z_a: Tensor, z_b: Tensor, ids: Tensor) -> Tensor:
+        teacher = (z.detach()[:, :7].sin() for z in (z_b, z_a))
+        contrastive, distillation = self.loss(z_a, z_b, self.scale, *teacher, 5.0)
+        return contrastive + 2 * distillation
+
+
 class Terms(nn.Module):
     """The sum of a loss's terms, and each of them weighted by hand."""
 
@@ -224,6 +240,7 @@ MODULES: dict[str, Callable[..., nn.Module]] = {
     "nt_xent with a memory bank": partial(Tempered, fastssl.NTXentLoss, memory_bank_size=BANK),
     "info_nce with a queue": Queue,
     "info_nce with a queue and ids": partial(Queue, with_ids=True),
+    "distill_clip": Distilled,
     "dcl with weights of the batch": partial(
         Tempered, fastssl.DCLLoss, weight_fn=weights_of_the_batch
     ),

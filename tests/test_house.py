@@ -29,7 +29,7 @@ MAY_IMPORT = {
     },
     "losses": {"losses", "ops", "distributed", "memory_bank", "checks"},
     "memory_bank": {"distributed", "checks"},
-    "integrations": {"losses", "memory_bank", "checks"},
+    "integrations": {"losses", "distributed", "memory_bank", "checks"},
     "distributed": set(),
     "ops": {"ops", "kernels", "streaming", "distributed"},
     "kernels": {"kernels"},

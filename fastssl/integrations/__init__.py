@@ -72,7 +72,7 @@ def patch(library: str, *, verbose: bool = True) -> Patch:
     imported from it before, and objects that were made before, stay: patch first.
 
     Args:
-        library: ``"lightly"`` or ``"open_clip"``.
+        library: Its name, one that there is a file for here: ``"lightly"`` or ``"open_clip"``.
         verbose: Whether to print which names were swapped.
 
     Returns:

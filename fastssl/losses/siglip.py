@@ -92,13 +92,15 @@ class SigLipLoss(LossModule):
             which must have as many.
         dist_impl: open_clip's name for the exchange, in its place: ``"bidir"`` and ``"shift"`` for
             ``"ring"``, ``"reduce"`` and ``"gather"`` for ``"gather"``.
+        chunk_size: Accepted for open_clip's sake: a number of images or None. No more than a tile
+            of scores is ever held.
         group: The process group; None for the default one.
         exchange: How rows of other ranks come here: ``"gather"``, ``"ring"`` or ``"auto"``.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Raises:
-        TypeError: world_size is not a whole number.
-        ValueError: dist_impl, world_size, exchange or backend is not accepted.
+        TypeError: world_size or chunk_size is not a whole number.
+        ValueError: dist_impl, world_size, chunk_size, exchange or backend is not accepted.
 
     Example:
         >>> criterion = SigLipLoss()
@@ -110,6 +112,7 @@ class SigLipLoss(LossModule):
     rank: int
     world_size: int
     dist_impl: str | None
+    chunk_size: int | None
     group: Group
     exchange: str
     backend: str
@@ -120,6 +123,7 @@ class SigLipLoss(LossModule):
         rank: int = 0,
         world_size: int = 1,
         dist_impl: str | None = None,
+        chunk_size: int | None = 0,
         *,
         group: Group = None,
         exchange: str = "auto",
@@ -131,11 +135,14 @@ class SigLipLoss(LossModule):
                 raise ValueError(f"exchange must be 'auto' with dist_impl, got {exchange!r}")
         check_choice("exchange", exchange, EXCHANGES)
         check_count("world_size", world_size, 1)
+        if chunk_size is not None:
+            check_count("chunk_size", chunk_size)
         super().__init__(
             cache_labels=cache_labels,
             rank=rank,
             world_size=world_size,
             dist_impl=dist_impl,
+            chunk_size=chunk_size,
             group=group,
             exchange=exchange,
             backend=backend,
