@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from fastssl.checks import (
     check_choice,
     check_embeddings,
-    check_ids,
     check_no_tangents,
     check_number,
     check_ranks,
@@ -56,10 +55,12 @@ def supcon(
     Args:
         features: [B, V, ...] embeddings of V views of B samples, float64, float32, bfloat16 or
             float16; dimensions after the second are flattened.
-        labels: [B] or [B, 1] integers; rows with the same label are positives of each other.
-        mask: [B, B] weights in place of labels, finite and none negative: how much of a positive
-            sample j is for sample i. They are constants, and must not require a gradient.
-            Without labels and mask the positives are the other views, as in SimCLR.
+        labels: [B] or [B, 1] real numbers of any type, on features' device or a CPU; rows with the
+            same label are positives of each other. NaN is no label's same, not even its own.
+        mask: [B, B] weights in place of labels, finite and none negative, on features' device or a
+            CPU: how much of a positive sample j is for sample i. They are constants, and must not
+            require a gradient. Without labels and mask the positives are the other views, as in
+            SimCLR.
         temperature: Positive number, or a tensor of one element, which then gets its gradient.
         contrast_mode: ``"all"``: every row is an anchor; ``"one"``: those of the first view.
         base_temperature: Positive number that the loss is divided by, as temperature multiplies it.
@@ -91,32 +92,39 @@ def supcon(
     check_choice("contrast_mode", contrast_mode, CONTRAST_MODES)
     check_choice("exchange", exchange, EXCHANGES)
     check_number("base_temperature", base_temperature, features, positive=True)
+    features = features.flatten(2)
     B, V = features.shape[:2]
-    rows = features.reshape(B * V, -1)  # sample by sample
-    scale = scale_of(temperature, rows)
-    chosen = backends.resolve(backend, rows)
+    nameless = None
+    if labels is not None:
+        labels = labels.detach().reshape(-1).to(features.device)
+        nameless = labels.isnan() if labels.is_floating_point() else None
+        labels = _as_integers(labels)
+    scale = scale_of(temperature, features)
+    chosen = backends.resolve(backend, features)
     if ranks is not None:
         if mask is not None:
             raise ValueError(
                 "mask must be None over several ranks: labels tell positives on other ranks too"
             )
-        features = features.flatten(2)
         terms = _class_lse(features, labels, contrast_mode, scale, ranks, exchange, chosen)
-        return reduced(terms, "mean", ranks) / (scale * base_temperature)
-    if labels is None:
-        labels = torch.arange(B, device=rows.device)
-    if mask is not None:
-        if backend == "triton":
-            raise RuntimeError(
-                "backend='triton' cannot run here: its kernels take labels, not a mask; use "
-                "labels, or backend='torch' or 'auto'"
-            )
-        chosen = "torch"
-    classes = labels.reshape(-1).repeat_interleave(V)
-    terms = class_lse(rows, scale, classes, mask, backend=chosen)
-    if contrast_mode == "one":
-        terms = terms[::V]
-    return terms.mean() / (scale * base_temperature)
+    else:
+        if mask is not None:
+            if backend == "triton":
+                raise RuntimeError(
+                    "backend='triton' cannot run here: its kernels take labels, not a mask; use "
+                    "labels, or backend='torch' or 'auto'"
+                )
+            mask, chosen = mask.to(features.device), "torch"
+        # View by view: weights of either sign alternate, and their sums stay small on the way.
+        rows = features.transpose(0, 1).flatten(0, 1)
+        classes = torch.arange(B, device=rows.device) if labels is None else labels
+        terms = class_lse(rows, scale, classes.repeat(V), mask, backend=chosen)
+        terms = terms.view(V, B).T
+        if contrast_mode == "one":
+            terms = terms[:, :1]
+    if nameless is not None:
+        terms = terms.reshape(B, -1).masked_fill(nameless[:, None], 0)
+    return reduced(terms, "mean", ranks) / (scale * base_temperature)
 
 
 class SupConLoss(LossModule):
@@ -217,10 +225,9 @@ def _class_lse(
     if labels is None:
         sums = sums if in_ring else sums[ranks.own]
     elif in_ring:
-        sums = ring_class_sums(sums, labels.reshape(-1), ranks)
+        sums = ring_class_sums(sums, labels, ranks)
     else:
-        classes = labels.reshape(-1)
-        sums = class_sums(classes, sums, ranks.gather(classes))
+        sums = class_sums(labels, sums, ranks.gather(labels))
     sums = sums.repeat_interleave(len(q) // B, 0)
     count = sums[:, -1] - 1
     mean = (sums[:, :-1] - q) / count.clamp_min(1)[:, None]  # of the row's positives
@@ -238,9 +245,29 @@ def _class_lse(
     return lse.masked_fill(count < 1, 0)
 
 
+def _as_integers(labels: Tensor) -> Tensor:
+    """Integers that are equal where labels are, but for those of NaN."""
+    if labels.is_floating_point():
+        labels = labels.to(torch.promote_types(labels.dtype, torch.float32))
+        bits = torch.int64 if labels.dtype == torch.float64 else torch.int32
+        return (labels + 0.0).view(bits)  # -0 is 0
+    return labels.to(torch.uint8) if labels.dtype == torch.bool else labels
+
+
 def _check_features(features: Tensor, labels: Tensor | None, mask: Tensor | None) -> None:
     """Accept features [B, V, ...] with labels, a mask or neither."""
     check_embeddings("features", features, positions=True)
+    for name, x in (("labels", labels), ("mask", mask)):
+        if x is None:
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor or None, got {type(x).__name__}")
+        if x.is_complex():
+            raise TypeError(f"{name} must be real, got {str(x.dtype).removeprefix('torch.')}")
+        if x.device.type != "cpu" and x.device != features.device:
+            raise ValueError(
+                f"{name} must be on a CPU or the features' device {features.device}, got {x.device}"
+            )
     if features.dim() < 3:
         raise ValueError(
             f"features must have shape (B, V, ...), V views of B samples, got "
@@ -248,24 +275,17 @@ def _check_features(features: Tensor, labels: Tensor | None, mask: Tensor | None
         )
     if labels is not None and mask is not None:
         raise ValueError("labels and mask must not be given both")
-    if labels is not None:
-        if isinstance(labels, Tensor) and labels.shape[1:] == (1,):
-            labels = labels[:, 0]
-        check_ids("labels", labels, features)
+    if labels is not None and labels.shape not in ((len(features),), (len(features), 1)):
+        raise ValueError(
+            f"labels must have shape {(len(features),)}, one for each sample, "
+            f"got {tuple(labels.shape)}"
+        )
     if mask is not None:
-        if not isinstance(mask, Tensor):
-            raise TypeError(f"mask must be a tensor or None, got {type(mask).__name__}")
         if mask.shape != (len(features), len(features)):
             raise ValueError(
                 f"mask must have shape {(len(features), len(features))}, one weight for each pair "
                 f"of samples, got {tuple(mask.shape)}"
             )
-        if mask.device != features.device:
-            raise ValueError(
-                f"mask must be on the features' device {features.device}, got {mask.device}"
-            )
-        if mask.is_complex():
-            raise TypeError(f"mask must be real, got {mask.dtype}")
         if mask.requires_grad:
             raise ValueError("mask must not require a gradient, since it gets none: detach it")
         # As for scalars, to read values elsewhere would stop the device.

@@ -194,6 +194,85 @@ def test_what_labels_are_called_does_not_matter(target: Target) -> None:
         torch.testing.assert_close(loss(same), expected)
 
 
+LABELS = {
+    "bool": torch.tensor([True, False, True, True, False, False, True]),
+    "float32": torch.tensor([0.5, -1.0, 0.5, -0.0, 0.0, torch.inf, torch.inf]),
+    "float64": torch.tensor([1, 1 + 1e-15, 1, 2, 1 + 1e-15, -1, 1e300], dtype=DOUBLE),
+    "bfloat16": torch.tensor([1, 2, 1, 3, 2, 1, -7]).bfloat16(),
+    "uint8": torch.tensor([255, 0, 255, 7, 7, 0, 3], dtype=torch.uint8),
+    "NaN": torch.tensor([1.0, torch.nan, 1.0, torch.nan, 2.0, 2.0, 1.0]),
+}
+
+
+@pytest.mark.parametrize("contrast_mode", ["all", "one"])
+@pytest.mark.parametrize("kind", LABELS)
+def test_labels_are_compared_as_they_are(target: Target, kind: str, contrast_mode: str) -> None:
+    """As SupContrast does: 0 is -0, and NaN is not even itself."""
+    rows = features(target, 7, 2, 6, precise(target)).flatten(0, 1)
+    options = {"labels": LABELS[kind].to(target.device), "contrast_mode": contrast_mode}
+    fused = of_matrix(functional.supcon, 7, backend=target.backend, **options)
+    check_accuracy(fused, of_matrix(reference.supcon, 7, **options), [rows])
+
+
+@pytest.mark.parametrize("name", ["labels", "mask"])
+def test_what_is_on_a_cpu_is_brought_to_the_features(name: str) -> None:
+    given = {"labels": torch.arange(4) // 2, "mask": torch.eye(4)}[name]
+    z = torch.randn(4, 2, 6, device="meta", requires_grad=True)
+    loss = functional.supcon(z, **{name: given})
+    loss.backward()
+    assert loss.device == z.grad.device == z.device
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_labels_and_mask_of_a_cpu_are_those_of_the_gpu() -> None:
+    z = features(Target("auto", "cuda"), 8, 2, 6)
+    labels = torch.arange(8) % 3
+    for kind in (labels, labels.float(), labels > 1):
+        assert torch.equal(functional.supcon(z, kind), functional.supcon(z, kind.cuda()))
+    mask = torch.rand(8, 8)
+    assert torch.equal(functional.supcon(z, mask=mask), functional.supcon(z, mask=mask.cuda()))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32])
+def test_labels_never_stop_the_device(dtype: torch.dtype) -> None:
+    z = features(Target("auto", "cuda"), 8, 2, 6).requires_grad_()
+    labels = (torch.arange(8, device="cuda") % 2).to(dtype)
+    functional.supcon(z, labels).backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        functional.supcon(z, labels).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32])
+def test_labels_of_any_type_compile_as_one_graph(dtype: torch.dtype) -> None:
+    torch.compiler.reset()  # what other tests compiled counts against the limit of recompilations
+    z = features(Target("torch", "cpu"), 8, 2, 6)
+    labels = (torch.arange(8) % 2).to(dtype)
+    compiled = torch.compile(functional.supcon, fullgraph=True, backend="aot_eager")
+    expected = value_and_gradients(lambda z: functional.supcon(z, labels), [z])
+    for a, b in zip(value_and_gradients(lambda z: compiled(z, labels), [z]), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("spread", [1.0, 0.3, 0.1, 0.03])
+def test_many_close_views_keep_their_digits(spread: float) -> None:
+    """Through the normalisation, which takes most of a row's gradient off."""
+    for seed in range(4):
+        torch.manual_seed(seed)
+        samples = torch.randn(12) + spread * torch.randn(20, 1, 12)
+        z = samples + spread * torch.randn(20, 8, 12)
+        fused, plain = (
+            lambda rows, f=f: f.supcon(reference.normalize(rows).view(20, 8, 12), temperature=0.1)
+            for f in (functional, reference)
+        )
+        check_accuracy(fused, plain, [z.flatten(0, 1)])
+
+
 def test_the_order_of_samples_does_not_matter(target: Target) -> None:
     z = features(target, 24, 2, 9)
     labels = torch.arange(24, device=target.device) % 5
@@ -282,15 +361,25 @@ BAD_INPUT = {
         ValueError,
         r"labels must have shape \(4,\).*got \(8,\)",
     ),
-    "labels of floats": (
-        lambda: functional.supcon(Z, torch.zeros(4)),
+    "labels in two columns": (
+        lambda: functional.supcon(Z, torch.zeros(4, 2)),
+        ValueError,
+        r"labels must have shape \(4,\).*got \(4, 2\)",
+    ),
+    "complex labels": (
+        lambda: functional.supcon(Z, torch.zeros(4, dtype=torch.complex64)),
         TypeError,
-        "labels must be integers, got float32",
+        "labels must be real, got complex64",
     ),
     "labels in a list": (
         lambda: functional.supcon(Z, [0, 1, 2, 3]),
         TypeError,
-        "labels must be a tensor of integers or None, got list",
+        "labels must be a tensor or None, got list",
+    ),
+    "labels elsewhere": (
+        lambda: functional.supcon(Z, torch.arange(4, device="meta")),
+        ValueError,
+        "labels must be on a CPU or the features' device cpu, got meta",
     ),
     "a mask of rows": (
         lambda: functional.supcon(Z, mask=torch.eye(8)),
@@ -305,7 +394,7 @@ BAD_INPUT = {
     "a mask elsewhere": (
         lambda: functional.supcon(Z, mask=torch.eye(4, device="meta")),
         ValueError,
-        "mask must be on the features' device cpu, got meta",
+        "mask must be on a CPU or the features' device cpu, got meta",
     ),
     "a mask to be trained": (
         lambda: functional.supcon(Z, mask=torch.eye(4, requires_grad=True)),
@@ -315,7 +404,7 @@ BAD_INPUT = {
     "a complex mask": (
         lambda: functional.supcon(Z, mask=torch.eye(4, dtype=torch.complex64)),
         TypeError,
-        "mask must be real, got torch.complex64",
+        "mask must be real, got complex64",
     ),
     "a negative mask": (
         lambda: functional.supcon(Z, mask=torch.eye(4) - 0.5),
