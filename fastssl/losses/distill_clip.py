@@ -51,10 +51,10 @@ def distill_clip(
 
     Args:
         image_features: [N, D], float64, float32, bfloat16 or float16.
-        text_features: [N, D], of image_features' dtype and device.
+        text_features: [N, D], on image_features' device; two types count as the wider one.
         logit_scale: Positive number, or a tensor of one element, which then gets its gradient.
         dist_image_features: [N, E] the teacher's, of any of these dtypes, that need no gradient.
-        dist_text_features: [N, E], of dist_image_features' dtype, that need no gradient.
+        dist_text_features: [N, E], likewise.
         dist_logit_scale: Positive number, or a tensor of one element that needs no gradient.
         gather_distributed: Whether the batch is that of all ranks of a process group, of which
             these rows are a part; without one it makes no difference.

@@ -28,7 +28,6 @@ tiles = pytest.importorskip("fastssl.kernels.tiles")
 two_views = pytest.importorskip("fastssl.kernels.two_views")
 
 every_target = pytest.mark.parametrize("target", list(aot.TARGETS))
-both_types = pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 
 
 def fitting(compiler: Executor, target: str, *cases: object) -> set[str]:
@@ -182,7 +181,7 @@ def test_every_sigmoid_kernel_fits(
 
 @pytest.mark.slow
 @every_target
-@both_types
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_every_energy_kernel_fits(dtype: str, target: str, compiler: Executor) -> None:
     cases = [
         aot.Energy(dtype, 8192, 4096, name, dual)
@@ -197,18 +196,14 @@ def test_every_energy_kernel_fits(dtype: str, target: str, compiler: Executor) -
 
 @pytest.mark.slow
 @every_target
-@both_types
-def test_every_clustering_kernel_fits(dtype: str, target: str, compiler: Executor) -> None:
+@pytest.mark.parametrize(("dtype", "targets"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_every_clustering_kernel_fits(
+    dtype: str, targets: str, target: str, compiler: Executor
+) -> None:
     """Rows that lie in one tile, and those that are walked."""
-    cases = [
-        case
-        for K in (8192, 65536)
-        for case in (
-            *(aot.Sinkhorn(dtype, K, 4096, iterations) for iterations in (0, 2)),
-            *(aot.SoftCrossEntropy(dtype, K, 4096, x) for x in ("float32", "bfloat16")),
-        )
-    ]
-    assert fitting(compiler, target, *cases) == kernels(sinkhorn, soft_cross_entropy)
+    codes = [aot.Sinkhorn(dtype, K, 4096, x) for K in (8192, 65536) for x in (0, 2)]
+    losses = [aot.SoftCrossEntropy(dtype, K, 4096, targets) for K in (8192, 65536)]
+    assert fitting(compiler, target, *codes, *losses) == kernels(sinkhorn, soft_cross_entropy)
 
 
 @pytest.mark.slow
