@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastssl import MemoryBankModule, SampleMemoryBank, functional, reference
+from fastssl import MemoryBankModule, NTXentLoss, SampleMemoryBank, functional, reference
 
 
 def batch(first: int, count: int, d: int = 3) -> Tensor:
@@ -17,6 +17,19 @@ def batch(first: int, count: int, d: int = 3) -> Tensor:
 
 def ages(bank: MemoryBankModule) -> list[int]:
     return bank.bank[:, 0].tolist()
+
+
+def test_a_bank_first_seen_in_inference_mode_is_trained_with_later() -> None:
+    bank = MemoryBankModule(8)
+    with torch.inference_mode():
+        bank(batch(0, 4), update=True)
+    bank(batch(4, 4), update=True)
+    assert ages(bank) == list(range(8))
+    loss, (query, key) = NTXentLoss(memory_bank_size=8), torch.randn(2, 4, 3)
+    with torch.inference_mode():
+        loss(query, key)
+    loss(query.requires_grad_(), key).backward()
+    assert loss.memory_bank.bank_ptr.item() == 4
 
 
 def test_it_begins_with_random_unit_rows() -> None:
