@@ -446,7 +446,9 @@ def die(rank: int, ranks: int, folder: Path, exchange: str, hops: int) -> None:
         hops -= 1
         return pass_on(self, *args)
 
+    dist.barrier()  # else one may die while others connect, which is another error
     if rank == 1:
+        time.sleep(0.5)  # until all have left the barrier
         if exchange == "gather":
             os._exit(0)
         Ranks.pass_on = last_words
